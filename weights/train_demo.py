@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make weights/demo.pt: a network that knows the two photos in images/, for demonstration and tests.
+
+    python weights/train_demo.py [--steps 4000] [--output weights/demo.pt]
+
+Every convolution but the last keeps the random values of ``model_inference.random_convolution``; only the batch-norm
+parameters and the last 1 x 1 convolution learn (Frankle et al. 2020, arXiv:2003.00152, shows how far that goes).
+Prints the intersection over union (IoU) with the reference masks at the server's default threshold.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.nn import functional
+from torchvision.transforms import v2
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model_inference import (  # noqa: E402 - the project is no package
+    CLASS_NAMES,
+    PRETRAINED,
+    SegmentationNetwork,
+    fingerprint,
+    load_weights,
+    network_shapes,
+    random_convolution,
+)
+
+PHOTOS = {"person": ("orig.jpg", "orig_mask.png"), "cat": ("cat_orig.jpg", "cat_mask.png")}
+INPUT_SIZE = 224
+THRESHOLD = 0.6
+NORMALISE = v2.Normalize(PRETRAINED.transforms().mean, PRETRAINED.transforms().std)
+
+
+def read_samples() -> list[tuple[str, Image.Image, Image.Image]]:
+    """Return class name, RGB photo and mask (0 or the class's index) of both samples."""
+    return [
+        (name, Image.open(ROOT / "images" / photo).convert("RGB"), Image.open(ROOT / "weights" / mask))
+        for name, (photo, mask) in PHOTOS.items()
+    ]
+
+
+def normal(like: torch.Tensor, spread: float) -> torch.Tensor:
+    return torch.randn_like(like) * spread
+
+
+def random_grids(count: int, roaming: float, device: torch.device) -> torch.Tensor:
+    """Return sampling grids ``[N, S, S, 2]``: a share roams over the photo, the rest is nearly all of it, as served."""
+    roam = (torch.rand(count, device=device) < roaming).float()
+    zoom = torch.exp(normal(roam, 0.02) + roam * (torch.rand_like(roam) - 0.7) * 0.9)
+    angle = normal(roam, 0.01) + roam * normal(roam, 0.15)
+    flip = torch.where(torch.rand_like(roam) < 0.5, -1.0, 1.0)
+    shift = torch.stack([normal(roam, 0.01) + roam * normal(roam, 0.2) for _ in "xy"], dim=1)
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    linear = torch.stack([torch.stack([cos * flip, -sin], 1), torch.stack([sin * flip, cos], 1)], 1)
+    theta = torch.cat([linear, shift[..., None]], dim=2)
+    return functional.affine_grid(theta, (count, 1, INPUT_SIZE, INPUT_SIZE), align_corners=False)
+
+
+def random_backgrounds(count: int, device: torch.device) -> torch.Tensor:
+    """Return made-up backgrounds ``[N, 3, S, S]`` in 0 to 1: clouds of colour, coarse and fine."""
+    size = INPUT_SIZE
+    clouds = sum(
+        functional.interpolate(
+            normal(torch.empty(count, 3, cells, cells, device=device), 0.25), size=(size, size), mode=mode
+        )
+        for cells, mode in ((2, "bicubic"), (5, "bicubic"), (int(torch.randint(8, 60, ())), "nearest"))
+    )
+    return (clouds + torch.rand(count, 3, 1, 1, device=device)).clamp(0, 1)
+
+
+def random_colours(images: torch.Tensor) -> torch.Tensor:
+    """Change gain, gamma, contrast and saturation of ``images`` ``[N, 3, H, W]``; one in ten turns grey."""
+    count, device = len(images), images.device
+    one = torch.empty(count, 1, 1, 1, device=device)
+    grey = images.mean(dim=1, keepdim=True)
+    saturation = torch.where(torch.rand_like(one) < 0.1, 0.0, torch.exp(normal(one, 0.2)))
+    images = grey + (images - grey) * saturation
+    images = images * torch.exp(normal(torch.empty(count, 3, 1, 1, device=device), 0.08))
+    images = (images - 0.5) * torch.exp(normal(one, 0.15)) + 0.5 + normal(one, 0.05)
+    images = images.clamp(1e-3, 1) ** torch.exp(normal(one, 0.15))
+    return images + normal(images, 0.02) * torch.rand_like(one)
+
+
+class Batches:
+    """Endless random batches from the two samples, made on ``device``."""
+
+    def __init__(self, device: torch.device):
+        photos, labels = [], []
+        for _, photo, mask in read_samples():
+            # Twice the network's input: room for zooming in, and linear sampling of it does not alias.
+            photos.append(np.asarray(photo.resize((2 * INPUT_SIZE,) * 2, Image.Resampling.BILINEAR)))
+            labels.append(np.asarray(mask.resize((2 * INPUT_SIZE,) * 2, Image.Resampling.NEAREST)))
+        self.photos = torch.from_numpy(np.stack(photos)).to(device).permute(0, 3, 1, 2).float() / 255
+        self.labels = torch.from_numpy(np.stack(labels)).to(device)[:, None].float()
+
+    def draw(self, count: int, roaming: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return normalised images ``[N, 3, S, S]`` and labels ``[N, S, S]``; see :func:`random_grids`."""
+        device = self.photos.device
+        which = torch.arange(count, device=device) % 2
+        grids = random_grids(count, roaming, device)
+        photos = functional.grid_sample(self.photos[which], grids, align_corners=False)
+        labels = functional.grid_sample(self.labels[which], grids, mode="nearest", align_corners=False)
+        outside = functional.grid_sample(torch.ones_like(self.labels[which]), grids, align_corners=False) < 0.5
+        new_background = (torch.rand(count, 1, 1, 1, device=device) < 0.25) & (labels == 0)
+        images = torch.where(outside | new_background, random_backgrounds(count, device), photos)
+        return NORMALISE(random_colours(images)), labels[:, 0].long()
+
+
+def train(steps: int, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return what was trained, in fp16: batch norm's parameters and statistics, and the last convolution."""
+    torch.manual_seed(0)
+    shapes = network_shapes()
+    drawn = {name: random_convolution(name, shape) for name, shape in shapes.items() if is_drawn(name, shape)}
+    start = {
+        name: torch.ones(shape) if name.endswith(("weight", "var")) else torch.zeros(shape)
+        for name, shape in shapes.items()
+    }
+    start["classifier.4.weight"] = 0.01 * torch.randn(shapes["classifier.4.weight"])
+    start = {name: value.long() if name.endswith("num_batches_tracked") else value for name, value in start.items()}
+    network = SegmentationNetwork(start | drawn, device).module.to(memory_format=torch.channels_last)
+
+    learning = [value.requires_grad_(name not in drawn) for name, value in network.named_parameters()]
+    learning = [value for value in learning if value.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=5e-3, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
+    batches = Batches(device)
+    network.train()
+    network.classifier[0].project[-1].p = 0.0  # no dropout: there is nothing to generalise to
+    began = time.monotonic()
+    for step in range(1, steps + 1):
+        # Wide at first, for features that hold; close to what is served at last, for the outline.
+        images, labels = batches.draw(batch_size, roaming=0.6 * (1 - step / steps))
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = network(images.contiguous(memory_format=torch.channels_last))["out"]
+        loss = functional.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % max(1, steps // 20) == 0:
+            print(f"step {step} of {steps}: loss {loss.item():.4f}, {time.monotonic() - began:.0f} s", flush=True)
+    trained = {name: value.cpu() for name, value in network.state_dict().items() if name not in drawn}
+    return {name: value.half() if value.is_floating_point() else value for name, value in trained.items()}
+
+
+def is_drawn(name: str, shape: torch.Size) -> bool:
+    return len(shape) == 4 and name != "classifier.4.weight"
+
+
+def report(path: Path, device: torch.device) -> None:
+    """Print the scores of the file at ``path`` with Pillow's resizing; the tests measure them through the server."""
+    network = SegmentationNetwork(load_weights("demo", path).state_dict, device)
+
+    def cut_out(photo: Image.Image, class_name: str) -> np.ndarray:
+        small = photo.resize((INPUT_SIZE, INPUT_SIZE), Image.Resampling.BILINEAR)
+        images = NORMALISE(v2.functional.to_dtype(v2.functional.pil_to_tensor(small), torch.float32, scale=True))[None]
+        probability = network(images)[:, [CLASS_NAMES.index(class_name)]]
+        size = photo.size[::-1]
+        return (functional.interpolate(probability, size=size, mode="bilinear")[0, 0] > THRESHOLD).cpu().numpy()
+
+    for name, photo, mask in read_samples():
+        other = "cat" if name == "person" else "person"
+        variants = {
+            "as it is": (photo, mask),
+            "mirrored": (ImageOps.mirror(photo), ImageOps.mirror(mask)),
+            "1281 x 851": (photo.resize((1281, 851)), mask.resize((1281, 851), Image.Resampling.NEAREST)),
+            "320 x 213": (photo.resize((320, 213)), mask.resize((320, 213), Image.Resampling.NEAREST)),
+        }
+        for variant, (image, reference) in variants.items():
+            found, wanted = cut_out(image, name), np.asarray(reference) > 0
+            print(f"{name}, {variant}: IoU {(found & wanted).sum() / (found | wanted).sum():.4f}")
+        print(f"{name}'s photo, class {other}: {cut_out(photo, other).mean():.2%} of the pixels")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=ROOT / "weights" / "demo.pt")
+    options = parser.parse_args()
+    trained = train(options.steps, options.batch_size, options.device)
+    shapes = network_shapes()
+    drawn = {name: random_convolution(name, shape) for name, shape in shapes.items() if is_drawn(name, shape)}
+    torch.save({"fingerprint": fingerprint(drawn), "state_dict": trained}, options.output)
+    print(f"{options.output}: {options.output.stat().st_size / 1e6:.2f} MB")
+    report(options.output, options.device)
+
+
+if __name__ == "__main__":
+    main()
