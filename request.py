@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a client may send, and the one sentence it is told when it sends something else."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from pytriton.proxy.types import Request
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+
+# Pillow's own limit would answer before ours, and with a text of its own.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class RequestError(Exception):
+    """A request that gets no answer; the message is one sentence for its client."""
+
+    # PyTriton sends the client the exception as Python prints it. Without a traceback and a module that ends in the
+    # line "InvalidRequest: sentence" and tells nothing of the files on this machine.
+    __traceback__ = None
+    __module__ = "builtins"
+
+
+class InvalidRequest(RequestError):
+    """The client is at fault."""
+
+    __module__ = "builtins"
+
+
+class InferenceFailed(RequestError):
+    """The server is at fault, with this request only."""
+
+    __module__ = "builtins"
+
+
+@dataclass(frozen=True)
+class PhotoRequest:
+    """The bytes of a photo, uint8 ``[N]``, and what its client wants of it."""
+
+    encoded: np.ndarray
+    class_index: int
+    threshold: float
+    outputs: frozenset[str]
+
+
+@dataclass(frozen=True)
+class RequestReader:
+    """Checks requests before any work goes into them."""
+
+    class_names: Sequence[str]
+    default_class_name: str
+    default_threshold: float
+    max_pixels: int
+
+    def __call__(self, request: Request) -> PhotoRequest:
+        """Return what the client wants. Raises InvalidRequest."""
+        parameters = request.parameters or {}
+        encoded = request.data["image"][0]
+        check_photo(encoded, self.max_pixels)
+        return PhotoRequest(
+            encoded=encoded,
+            class_index=self._class_index(parameters.get("class_name", self.default_class_name)),
+            threshold=self._threshold(parameters.get("threshold", self.default_threshold)),
+            outputs=frozenset(request.requested_output_names),
+        )
+
+    def _class_index(self, class_name: object) -> int:
+        if class_name not in self.class_names:
+            raise InvalidRequest(f"class_name {class_name!r} is none of {', '.join(self.class_names)}")
+        return self.class_names.index(class_name)
+
+    def _threshold(self, threshold: object) -> float:
+        is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        if not is_number or not 0 <= threshold <= 1:
+            raise InvalidRequest(f"threshold {threshold!r} is no number from 0 to 1")
+        return float(threshold)
+
+
+def check_photo(encoded: np.ndarray, max_pixels: int) -> None:
+    """Check the header of an encoded photo, uint8 ``[N]``, without decoding it. Raises InvalidRequest."""
+    data = encoded.tobytes()
+    kinds = "send a JPEG, PNG, BMP or WebP file"
+    if not data:
+        raise InvalidRequest(f"the photo is empty: {kinds}")
+    stream = io.BytesIO(data)
+    try:
+        with Image.open(stream, formats=FORMATS) as image:
+            (width, height), is_jpeg, scan = image.size, image.format in ("JPEG", "MPO"), stream.tell()
+    except UnidentifiedImageError:
+        raise InvalidRequest(f"the photo's {len(data)} bytes are of no known kind, or damaged: {kinds}") from None
+    except Exception as error:  # Pillow's parsers raise whatever the damage makes them stumble over.
+        raise InvalidRequest(f"the photo's header is damaged ({type(error).__name__}): {kinds}") from None
+    if width * height > max_pixels:
+        raise InvalidRequest(
+            f"the photo has {width} x {height} pixels, more than the {max_pixels} that this server takes: "
+            "make it smaller or start the server with a larger --max-pixels"
+        )
+    # nvJPEG decodes what is there and leaves the rest of the picture grey, without a word. Inside a scan the end
+    # marker cannot occur; behind it may be anything, as cameras append previews and films.
+    if is_jpeg and data.find(b"\xff\xd9", scan) < 0:
+        raise InvalidRequest("the photo is truncated, its end is missing: send the whole file")
