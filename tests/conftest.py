@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real server, started as a user starts it, and the ways to talk to it."""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tritonclient.grpc
+import tritonclient.http
+from PIL import Image, ImageOps
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+MODEL_NAME = "ResNet101"
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=NEEDS_GPU)]
+# Every sample: its photo, its reference mask and its class.
+SAMPLES = {
+    "person": (ROOT / "images" / "orig.jpg", ROOT / "weights" / "orig_mask.png"),
+    "cat": (ROOT / "images" / "cat_orig.jpg", ROOT / "weights" / "cat_mask.png"),
+}
+
+
+def free_ports(count: int = 3) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [s.getsockname()[1] for s in sockets]
+
+
+class Server:
+    """``python server.py`` on free ports, its log in a file."""
+
+    def __init__(self, log: Path, *arguments: str, environment: dict[str, str] | None = None):
+        self.http_port, self.grpc_port, self.metrics_port = free_ports()
+        self.http_url, self.grpc_url = f"http://127.0.0.1:{self.http_port}", f"grpc://127.0.0.1:{self.grpc_port}"
+        self.log = log
+        # A home of its own for PyTriton's workspaces, to see whether anything is left behind there. Its path is short,
+        # because it holds Unix sockets, whose paths end at 107 characters.
+        self.home = Path(tempfile.mkdtemp(prefix="pytriton-"))
+        ports = ["--http-port", self.http_port, "--grpc-port", self.grpc_port, "--metrics-port", self.metrics_port]
+        self.began = time.monotonic()
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "server.py"), *map(str, ports), *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=log.parent,
+                env=os.environ | {"PYTRITON_HOME": str(self.home)} | (environment or {}),
+            )
+
+    def wait_until_ready(self, timeout_s: float = 90) -> float:
+        """Return the seconds from start to ready."""
+        while "ready: model" not in self.log.read_text():
+            assert self.process.poll() is None, f"the server ended: {self.log.read_text()}"
+            assert time.monotonic() < self.began + timeout_s, f"not ready: {self.log.read_text()}"
+            time.sleep(0.05)
+        return time.monotonic() - self.began
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal, wait and return the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=30)
+
+    def left_behind(self) -> list[str]:
+        """Return what a stopped server left: processes, shared memory, files in its workspace."""
+        return [
+            *(f"process {line}" for line in read_all("cmdline") if str(self.home) in line),
+            # Triton's segments bear the server's process id; PyTriton's are those that no process has in use any more.
+            *(str(path) for path in Path("/dev/shm").glob(f"pytrtion{self.process.pid}-*")),
+            *(str(path) for path in Path("/dev/shm").glob("psm_*") if str(path) not in "".join(read_all("maps"))),
+            *(str(path) for path in self.home.glob("workspace_*")),
+        ]
+
+
+def read_all(name: str) -> list[str]:
+    """Return a file of /proc for each process."""
+    contents = []
+    for path in Path("/proc").glob(f"[0-9]*/{name}"):
+        with contextlib.suppress(OSError):
+            contents.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return contents
+
+
+@contextlib.contextmanager
+def running_server(log: Path, *arguments: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    server = Server(log, *arguments, environment=environment)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+        shutil.rmtree(server.home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server of the session: the demonstration weights, and a GPU where there is one."""
+    with running_server(tmp_path_factory.mktemp("server") / "server.log", "--weights", "demo") as server:
+        yield server
+
+
+class Answers:
+    """Sends requests with Triton's own client, over one of the two protocols."""
+
+    def __init__(self, server: Server, protocol: str):
+        self.triton = tritonclient.http if protocol == "http" else tritonclient.grpc
+        port = server.http_port if protocol == "http" else server.grpc_port
+        self.client = self.triton.InferenceServerClient(f"127.0.0.1:{port}")
+
+    def __call__(
+        self, encoded: bytes, outputs: tuple[str, ...] = ("original", "segmented"), **parameters: object
+    ) -> dict:
+        photo = np.frombuffer(encoded, np.uint8)[None]
+        image = self.triton.InferInput("image", photo.shape, "UINT8")
+        image.set_data_from_numpy(photo)
+        wanted = [self.triton.InferRequestedOutput(name) for name in outputs] or None
+        result = self.client.infer(MODEL_NAME, [image], outputs=wanted, parameters=parameters)
+        arrays = {name: result.as_numpy(name) for name in ("original", "segmented")}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+
+@pytest.fixture(params=["http", "grpc"])
+def segment(server: Server, request: pytest.FixtureRequest) -> Answers:
+    """Send a photo to the server of the session, over HTTP and over gRPC."""
+    return Answers(server, request.param)
+
+
+@pytest.fixture(scope="session")
+def segment_http(server: Server) -> Answers:
+    """Send a photo over HTTP alone, where the protocol makes no difference."""
+    return Answers(server, "http")
+
+
+def run_client(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    return run_script("client.py", *arguments, cwd=cwd)
+
+
+def run_script(script: str, *arguments: object, cwd: Path, environment: dict | None = None, timeout: float = 100):
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def decode(encoded: bytes) -> np.ndarray:
+    """Pillow's decoding, upright, uint8 ``[H, W, 3]``: the reference for ``original``."""
+    image = Image.open(io.BytesIO(encoded))
+    if image.mode == "I;16":  # Pillow's own conversion clips instead of scaling.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 images in dB."""
+    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boolean masks."""
+    return (a & b).sum() / (a | b).sum()
+
+
+def sentence(error: Exception) -> str:
+    """Return the last line of what PyTriton says of an exception: below it is only where it was raised."""
+    lines = [line.strip() for line in str(error).split("\nAt:\n")[0].splitlines() if line.strip()]
+    return re.sub(r"^.*?(?=InvalidRequest: )", "", lines[-1])

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a client does wrong costs it one error that says so, and costs the others nothing."""
+
+import struct
+import urllib.request
+
+import numpy as np
+import pytest
+from conftest import SAMPLES, Answers, decode, encode, psnr, sentence
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+PHOTO = SAMPLES["person"][0].read_bytes()
+PICTURE = Image.open(SAMPLES["person"][0]).convert("RGB")
+
+
+def with_size(jpeg: bytes, width: int, height: int) -> bytes:
+    """Return the JPEG with another size in its header."""
+    position = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:position] + struct.pack(">HH", height, width) + jpeg[position + 4 :]
+
+
+BAD_PHOTOS = {
+    "random bytes": (np.random.default_rng(0).bytes(5000), "of no known kind"),
+    "a truncated JPEG": (PHOTO[:50_000], "truncated"),
+    "a JPEG without its last byte": (PHOTO[:-1], "truncated"),
+    "a progressive JPEG, truncated": (encode(PICTURE, "JPEG", progressive=True)[:20_000], "truncated"),
+    "a JPEG cut off in the header": (PHOTO[:300], "header is damaged"),
+    "a truncated PNG": (encode(PICTURE, "PNG")[:50_000], "cannot be decoded"),
+    "a truncated WebP": (encode(PICTURE, "WEBP")[:10_000], "damaged"),
+    "a truncated BMP": (encode(PICTURE, "BMP")[:50_000], "cannot be decoded"),
+    "a GIF": (encode(PICTURE.quantize(64), "GIF"), "of no known kind"),
+    "a TIFF": (encode(PICTURE, "TIFF"), "of no known kind"),
+    "a PDF": (b"%PDF-1.7\n" + b"1 0 obj << >> endobj\n" * 50, "of no known kind"),
+    "a header of 60,000 x 60,000": (with_size(PHOTO, 60_000, 60_000), "60000 x 60000 pixels"),
+    "a PNG of 30,000 x 30,000": (encode(Image.new("1", (30_000, 30_000)), "PNG"), "30000 x 30000 pixels"),
+}
+
+
+def refusal(segment: Answers, encoded: bytes, **parameters: object) -> str:
+    with pytest.raises(InferenceServerException) as error:
+        segment(encoded, **parameters)
+    return sentence(error.value)
+
+
+def assert_serves(segment: Answers) -> None:
+    assert psnr(segment(PHOTO)["original"][0], decode(PHOTO)) > 40
+
+
+@pytest.mark.parametrize("kind", BAD_PHOTOS)
+def test_bad_photos(segment, kind):
+    encoded, expected = BAD_PHOTOS[kind]
+    said = refusal(segment, encoded)
+    assert said.startswith("InvalidRequest: the photo")
+    assert expected in said
+    assert_serves(segment)
+
+
+def test_empty_body(segment):
+    # PyTriton fails before the server sees the request: the sentence is its own.
+    assert "cannot cast view with zeros in shape" in refusal(segment, b"")
+    assert_serves(segment)
+
+
+@pytest.mark.parametrize("class_name", ["unicorn", "", "Person", 15])
+def test_unknown_class_lists_the_classes(segment, class_name):
+    said = refusal(segment, PHOTO, class_name=class_name)
+    assert said.startswith(f"InvalidRequest: class_name {class_name!r} is none of ")
+    assert len(said.split(" is none of ")[1].split(", ")) == 21
+    assert "person" in said
+    assert_serves(segment)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, 2, "high", True, ""])
+def test_bad_threshold(segment, threshold):
+    assert (
+        refusal(segment, PHOTO, threshold=threshold)
+        == f"InvalidRequest: threshold {threshold!r} is no number from 0 to 1"
+    )
+    assert_serves(segment)
+
+
+def test_wrong_type_and_missing_input(server, segment_http):
+    for body in (
+        b'{"inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}',
+        b'{"inputs": [{"name": "picture", "datatype": "UINT8", "shape": [1, 2], "data": [1, 2]}]}',
+        b'{"inputs": []}',
+        b"no JSON",
+    ):
+        request = urllib.request.Request(f"{server.http_url}/v2/models/ResNet101/infer", data=body)
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request)
+        assert error.value.code in (400, 500)
+    assert_serves(segment_http)
+
+
+def test_nothing_grows_and_nothing_restarts(server, segment_http):
+    def resident_mb() -> float:
+        with open(f"/proc/{server.process.pid}/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+
+    bad = [encoded for encoded, _ in BAD_PHOTOS.values()]
+    for encoded in bad * 5:
+        refusal(segment_http, encoded)
+    before = resident_mb()
+    for encoded in bad * 40:
+        refusal(segment_http, encoded)
+    assert resident_mb() < before + 20
+    assert_serves(segment_http)
+    assert server.process.poll() is None
+
+
+def test_the_log_has_one_line_for_each_refused_request(server, segment_http):
+    before = len(server.log.read_text().splitlines())
+    refusal(segment_http, PHOTO, class_name="unicorn")
+    refusal(segment_http, PHOTO[:50_000])
+    lines = server.log.read_text().splitlines()[before:]
+    assert len([line for line in lines if "refused a request" in line]) == len(lines) == 2

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of server.py: start-up, its failures, shut-down."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NEEDS_GPU, ROOT, SAMPLES, Answers, Server, decode, free_ports, psnr, run_script, running_server
+from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights
+
+from model_inference import load_weights
+
+PHOTO = SAMPLES["person"][0].read_bytes()
+PRETRAINED = DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1
+# No name server and no proxy answers there: the download fails as on a machine without a network.
+OFFLINE = dict.fromkeys(("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
+
+
+def start_up_failure(*arguments: object, cwd: Path, environment: dict | None = None) -> str:
+    """Return the one line that server.py prints where it cannot start."""
+    ports = zip(("--http-port", "--grpc-port", "--metrics-port"), free_ports(), strict=True)
+    flags = [word for pair in ports if pair[0] not in arguments for word in pair]
+    began = time.monotonic()
+    done = run_script("server.py", *flags, *arguments, cwd=cwd, environment=environment)
+    took = time.monotonic() - began
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "building" not in done.stderr  # the network was not built
+    print(f"{took:.1f} s: {done.stderr}")
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--device", "tpu"], "'tpu' is none of auto, cpu, cuda and cuda:N"),
+        (["--device", "cuda:99"], "--device cuda:99: "),
+        (["--class-name", "unicorn"], "--class-name unicorn is none of __background__, aeroplane"),
+        (["--threshold", "1.5"], "'1.5' is no float from 0 to 1"),
+        (["--threshold", "nan"], "'nan' is no float from 0 to 1"),
+        (["--input-size", "0"], "'0' is no int from 32 to 2048"),
+        (["--max-pixels", "-3"], "'-3' is no int of at least 1"),
+        (["--instances", "many"], "'many' is no int from 0 to 64"),
+        (["--http-port", "99999"], "'99999' is no int from 1 to 65535"),
+        (["--http-port", "8001", "--grpc-port", "8001"], "have to differ"),
+        (["--address", "192.0.2.1"], "192.0.2.1:"),
+        (["--address", "no.such.host.invalid"], "no.such.host.invalid:"),
+        (["--weights", "missing.pth"], "there is no weights file missing.pth"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_wrong_options_are_one_line_and_status_2(arguments, expected, tmp_path):
+    assert expected in start_up_failure(*arguments, cwd=tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu(tmp_path):
+    assert "--device cuda: " in start_up_failure("--device", "cuda", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--metrics-port"])
+def test_a_port_that_is_taken(flag, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = start_up_failure(flag, port, cwd=tmp_path)
+    assert f"127.0.0.1:{port} cannot be listened on (Address already in use); see {flag}" in said
+
+
+def broken(change):
+    """Return a state dict that ``change`` has damaged."""
+    state_dict = load_weights("demo").state_dict
+    change(state_dict)
+    return state_dict
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "is no state dict that torch can read"),
+        (b"not a torch file at all", "is no state dict that torch can read"),
+        ([1, 2, 3], "holds a list, not a state dict"),
+        (lambda state: state.pop("backbone.conv1.weight"), "backbone.conv1.weight is missing"),
+        (lambda state: state.update(extra=torch.ones(1)), "extra does not belong there"),
+        (
+            lambda state: state.update({"classifier.4.bias": torch.ones(5)}),
+            "classifier.4.bias has shape [5] instead of [21]",
+        ),
+        (lambda state: state.clear(), "is missing (and 667 more like it)"),
+    ],
+)
+def test_broken_weights(content, expected, tmp_path):
+    file = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(broken(content) if callable(content) else content, file)
+    assert expected in start_up_failure("--weights", file, cwd=tmp_path)
+
+
+def test_weights_that_run_code_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    torch.save(Evil(), tmp_path / "evil.pth")
+    assert "is no state dict that torch can read" in start_up_failure("--weights", tmp_path / "evil.pth", cwd=tmp_path)
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_pretrained_weights_that_cannot_be_had(tmp_path):
+    began = time.monotonic()
+    said = start_up_failure(
+        "--weights", "pretrained", cwd=tmp_path, environment=OFFLINE | {"TORCH_HOME": str(tmp_path)}
+    )
+    assert time.monotonic() - began < 15
+    assert PRETRAINED.url in said
+    assert str(tmp_path / "hub" / "checkpoints" / "deeplabv3_resnet101_coco-586e9e4e.pth") in said
+
+
+def test_a_broken_file_in_torchs_cache(tmp_path):
+    file = tmp_path / "hub" / "checkpoints" / PRETRAINED.url.rsplit("/", 1)[1]
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"half a download")
+    said = start_up_failure("--weights", "pretrained", cwd=tmp_path, environment={"TORCH_HOME": str(tmp_path)})
+    assert str(file) in said
+
+
+def test_auto_falls_back_loudly(tmp_path):
+    environment = OFFLINE | {"TORCH_HOME": str(tmp_path)}
+    with running_server(tmp_path / "server.log", environment=environment) as server:
+        lines = server.log.read_text().splitlines()
+        ready = next(index for index, line in enumerate(lines) if "ready: model" in line)
+        assert "WARNING" in lines[ready - 1]
+        assert "DEMONSTRATION WEIGHTS" in lines[ready - 1]
+        assert PRETRAINED.url in lines[ready - 1]
+        assert psnr(Answers(server, "http")(PHOTO)["original"][0], decode(PHOTO)) > 40
+
+
+def test_ones_own_weights_with_the_auxiliary_head(tmp_path):
+    # The network of the demonstration, under the names that torchvision's pretrained file has, and in double precision.
+    state_dict = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in load_weights("demo").state_dict.items()
+    }
+    torch.save(state_dict | {"aux_classifier.4.bias": torch.zeros(21)}, tmp_path / "own.pth")
+    options = [
+        "--weights",
+        str(tmp_path / "own.pth"),
+        "--class-name",
+        "cat",
+        "--threshold",
+        "0.5",
+        "--max-pixels",
+        "300000",
+    ]
+    with running_server(
+        tmp_path / "server.log", *options, "--device", "cpu", "--instances", "2", "--input-size", "225"
+    ) as server:
+        segment = Answers(server, "grpc")
+        cat = segment(SAMPLES["cat"][0].read_bytes())
+        assert cat["segmented"].any(axis=3).mean() > 0.7
+        assert "DEMONSTRATION" not in server.log.read_text()
+        assert server.stop() == 0
+
+
+def test_start_up_says_what_it_does(server):
+    log = server.log.read_text()
+    for expected in (
+        "device: ",
+        "weights: demonstration weights",
+        "warming up",
+        f"http://127.0.0.1:{server.http_port}",
+    ):
+        assert expected in log
+    assert f"grpc://127.0.0.1:{server.grpc_port}" in log
+
+
+def ask_until_refused(server: Server, protocol: str) -> tuple[int, str]:
+    """Send photos until one is not answered; return how many were and what was said of the last."""
+    segment, good = Answers(server, protocol), 0
+    while True:
+        try:
+            answer = segment(PHOTO)
+        except Exception as error:
+            return good, str(error)
+        assert answer["original"].shape == (1, *decode(PHOTO).shape)
+        good += 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_shut_down_under_load(number, tmp_path):
+    # More than can be finished: the rest is told so, and nothing hangs.
+    with running_server(tmp_path / "server.log", "--weights", "demo") as server, ThreadPoolExecutor(40) as pool:
+        clients = [pool.submit(ask_until_refused, server, protocol) for protocol in ("http", "grpc") * 20]
+        while metric(server, "pending_request_count") + metric(server, "request_success") < 40:
+            time.sleep(0.05)
+        began = time.monotonic()
+        assert server.stop(number) == 0
+        assert time.monotonic() - began < 10
+        results = [client.result() for client in clients]
+        assert sum(good for good, _ in results) > 0
+        assert server.left_behind() == []
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_photos_in_flight_are_finished(tmp_path):
+    with running_server(tmp_path / "server.log", "--weights", "demo") as server, ThreadPoolExecutor(4) as pool:
+        segment = Answers(server, "grpc")
+        answers = [pool.submit(segment, PHOTO) for _ in range(4)]
+        # Triton counts what waits and what is answered; one more is being worked on.
+        while metric(server, "pending_request_count") + metric(server, "request_success") < 3:
+            time.sleep(0.01)
+        assert server.stop() == 0
+        for answer in answers:
+            assert answer.result()["original"].shape == (1, *decode(PHOTO).shape)
+        assert server.left_behind() == []
+
+
+def metric(server: Server, name: str) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    return int(sum(float(line.split()[-1]) for line in lines if line.startswith(f"nv_inference_{name}{{")))
+
+
+def test_started_in_the_background_of_a_shell(tmp_path):
+    # A shell that runs a command with & makes it ignore SIGINT: the server has to listen to it nevertheless.
+    http_port, grpc_port, metrics_port = free_ports()
+    command = (
+        f"{sys.executable} {ROOT / 'server.py'} --weights demo --http-port {http_port} --grpc-port {grpc_port} "
+        f"--metrics-port {metrics_port} > log 2>&1 & server=$!; "
+        "until grep -q 'ready: model' log; do sleep 0.1; kill -0 $server || exit 3; done; "
+        "kill -INT $server; wait $server"
+    )
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, timeout=90, check=False).returncode == 0
+
+
+def test_a_signal_during_start_up(tmp_path):
+    server = Server(tmp_path / "server.log", "--weights", "demo")
+    while "device: " not in server.log.read_text():
+        time.sleep(0.01)
+    assert server.stop() == 0
+    assert server.left_behind() == []
+
+
+def test_triton_killed_ends_the_server_with_an_error(tmp_path):
+    server = Server(tmp_path / "server.log", "--weights", "demo")
+    server.wait_until_ready()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            program = path.read_bytes().split(b"\0")[0].decode()
+            if program.startswith(str(server.home)) and program.endswith("/tritonserver"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+    assert server.process.wait(timeout=60) == 1
+    assert "Triton ended by itself" in server.log.read_text()
+
+
+def test_another_python_is_told_so(tmp_path):
+    script = f"import sys; sys.version_info = (3, 13, 0); exec(open({str(ROOT / 'server.py')!r}).read())"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "needs Python 3.11 or 3.12" in done.stderr
+
+
+@NEEDS_GPU
+def test_auto_takes_the_gpu(server):
+    assert torch.cuda.get_device_name() in server.log.read_text()
+
+
+@NEEDS_GPU
+def test_the_same_answers_on_the_cpu(server, tmp_path):
+    with running_server(tmp_path / "server.log", "--weights", "demo", "--device", "cpu") as on_cpu:
+        for name, (photo, _) in SAMPLES.items():
+            encoded = photo.read_bytes()
+            gpu, cpu = (Answers(which, "grpc")(encoded, class_name=name) for which in (server, on_cpu))
+            assert psnr(gpu["original"][0], cpu["original"][0]) > 40
+            gpu, cpu = (answer["segmented"][0].any(axis=2) for answer in (gpu, cpu))
+            assert (gpu & cpu).sum() / (gpu | cpu).sum() > 0.98

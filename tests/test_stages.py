@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each stage alone, without Triton, against an independent reference."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICES, SAMPLES, decode, encode, psnr
+from PIL import Image
+from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights, deeplabv3_resnet101
+from torchvision.transforms import v2
+
+import model_inference
+from model_inference import SegmentationNetwork, load_weights
+from pipelines import Postprocess, Preprocess
+from request import InvalidRequest
+
+PRESET = DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1.transforms()
+
+
+def sample(class_name: str, size: tuple[int, int] | None = None) -> Image.Image:
+    image = Image.open(SAMPLES[class_name][0]).convert("RGB")
+    return image.resize(size) if size else image
+
+
+def to_arrays(batch) -> list[np.ndarray]:
+    return [np.asarray(array) for array in batch.as_cpu()]
+
+
+def as_array(encoded: bytes) -> np.ndarray:
+    return np.frombuffer(encoded, np.uint8)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [None, (1281, 851), (100, 60), (1, 1)])
+@pytest.mark.parametrize("class_name", SAMPLES)
+def test_preprocess_is_torchvisions(device, size, class_name):
+    photo = sample(class_name, size)
+    photos, images = Preprocess(torch.device(device), 224)([as_array(encode(photo, "PNG"))])
+    np.testing.assert_array_equal(to_arrays(photos)[0], np.asarray(photo))
+    small = v2.functional.resize(v2.functional.pil_to_tensor(photo).float() / 255, [224, 224], antialias=True)
+    expected = v2.functional.normalize(small, PRESET.mean, PRESET.std)
+    assert images.shape == (1, 3, 224, 224)
+    assert images.dtype == torch.float32
+    assert images.device.type == device
+    difference = (images[0].cpu() - expected).abs()
+    # DALI and torchvision round the filter's support differently: a few pixels at the edges differ.
+    assert difference.mean() < 3e-4
+    assert difference.max() < 0.25
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("class_name", SAMPLES)
+def test_decoding_is_pillows(device, subsampling, progressive, class_name):
+    encoded = encode(sample(class_name), "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+    photos, _ = Preprocess(torch.device(device), 224)([as_array(encoded)])
+    assert psnr(to_arrays(photos)[0], decode(encoded)) > 40
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_decoding_colour_noise_is_pillows(device):
+    # The worst case of colour subsampling: every pixel of another colour.
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 403, 3), dtype=np.uint8))
+    encoded = encode(noise, "JPEG", quality=90, subsampling="4:2:0")
+    photos, _ = Preprocess(torch.device(device), 224)([as_array(encoded)])
+    assert psnr(to_arrays(photos)[0], decode(encoded)) > 40
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_preprocess_goes_on_after_a_photo_that_cannot_be_decoded(device):
+    preprocess = Preprocess(torch.device(device), 224)
+    good = encode(sample("cat"), "PNG")
+    for bad in (good[:20_000], b"no photo at all"):
+        with pytest.raises(InvalidRequest, match="cannot be decoded"):
+            preprocess([as_array(bad)])
+        photos, _ = preprocess([as_array(good)])
+        np.testing.assert_array_equal(to_arrays(photos)[0], decode(good))
+
+
+def interpolate(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Linear interpolation with pixel centres at half, values repeated beyond the edge, in float64."""
+    for axis, length in enumerate(size):
+        position = (np.arange(length) + 0.5) * values.shape[axis] / length - 0.5
+        below = np.floor(position).astype(int)
+        share = (position - below).reshape(-1, *[1] * (1 - axis))
+        lower, upper = (np.take(values, (below + step).clip(0, values.shape[axis] - 1), axis) for step in (0, 1))
+        values = lower * (1 - share) + upper * share
+    return values
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "sizes", [[(512, 512)], [(851, 1281)], [(1, 1)], [(4000, 1)], [(100, 60), (300, 451), (224, 224), (1, 7)]]
+)
+def test_postprocess_is_numpys(device, sizes):
+    random = np.random.default_rng(1)
+    photos = [random.integers(1, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    probability = random.random((len(sizes), 224, 224), dtype=np.float32)
+    thresholds = [0.6, 0.5, 0.25, 0.9][: len(sizes)]
+    device = torch.device(device)
+    batch, _ = Preprocess(device, 224, len(sizes))(
+        [as_array(encode(Image.fromarray(photo), "PNG")) for photo in photos]
+    )
+    segmented = to_arrays(Postprocess(device, len(sizes))(batch, torch.from_numpy(probability).to(device), thresholds))
+    for index, photo in enumerate(photos):
+        exact = interpolate(probability[index].astype(np.float64), sizes[index])
+        expected = photo * (exact > thresholds[index])[..., None]
+        differs = (segmented[index] != expected).any(axis=2)
+        # Exactly, but where the threshold is nearer than float32 can tell.
+        assert np.abs(exact - thresholds[index])[differs].max(initial=0) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_postprocess_at_the_ends_of_the_threshold(device, threshold):
+    device = torch.device(device)
+    photo = Image.new("RGB", (30, 20), (10, 20, 30))
+    batch, _ = Preprocess(device, 224)([as_array(encode(photo, "PNG"))])
+    probability = torch.full((1, 224, 224), 0.5, device=device)
+    segmented = to_arrays(Postprocess(device)(batch, probability, [threshold]))[0]
+    np.testing.assert_array_equal(segmented, np.asarray(photo) * (threshold < 0.5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_network_is_torchvisions_through_its_own_cache(device, tmp_path, monkeypatch):
+    # torchvision's own way, with a file in torch's cache in place of the download.
+    torch.manual_seed(0)
+    reference = deeplabv3_resnet101(weights=None, weights_backbone=None, aux_loss=True)
+    for module in reference.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    reference.classifier[-1].weight.data *= 100  # so that the probabilities differ from each other
+    file = tmp_path / "hub" / "checkpoints" / DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1.url.rsplit("/", 1)[1]
+    file.parent.mkdir(parents=True)
+    torch.save(reference.state_dict(), file)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    reference = deeplabv3_resnet101(weights=DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1).eval()
+    weights = load_weights("auto")
+    assert weights.warning == ""
+    assert "COCO_WITH_VOC_LABELS_V1" in weights.source
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        expected = reference(images)["out"].softmax(dim=1)
+    assert expected.std() > 0.05
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    probabilities = SegmentationNetwork(weights.state_dict, torch.device(device))(images).cpu()
+    assert probabilities.shape == (2, 21, 224, 224)
+    assert probabilities.dtype == torch.float32
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(2, 224, 224))
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-4)
+
+
+def test_the_class_names_are_pascal_vocs():
+    assert len(model_inference.CLASS_NAMES) == 21
+    assert model_inference.CLASS_NAMES.index("person") == 15
+    assert model_inference.CLASS_NAMES.index("cat") == 8
+
+
+def test_demo_weights_catch_other_random_numbers(tmp_path):
+    content = torch.load(model_inference.DEMO_PATH, weights_only=True)
+    content["fingerprint"] += 1
+    torch.save(content, tmp_path / "demo.pt")
+    with pytest.raises(model_inference.WeightsError, match="draws other random numbers"):
+        load_weights("demo", tmp_path / "demo.pt")
+
+
+def test_demo_weights_are_small():
+    assert model_inference.DEMO_PATH.stat().st_size < 2_000_000
