@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# make run: serve, segment the sample photos, say where the pictures are.   make test: prove that it works.
+
+PYTHON ?= python3
+OUTPUT ?= output
+SHELL := bash
+BIN := .venv/bin
+
+.PHONY: run serve test lint
+
+# On free ports, to work beside whatever runs already. Whichever ends first decides: the client, as it should, or the
+# server, which then has said why.
+run: .venv/run
+	@set -eu; \
+	read -r http grpc metrics < <($(BIN)/python -c $(FREE_PORTS)); \
+	trap 'kill $$(jobs -p) 2>/dev/null || true; wait' EXIT; \
+	$(BIN)/python server.py --http-port $$http --grpc-port $$grpc --metrics-port $$metrics & server=$$!; \
+	$(BIN)/python client.py --url http://127.0.0.1:$$http --init-timeout-s 600 --dump-images --output-dir $(OUTPUT) & \
+	wait -n $$server $$!; \
+	kill $$server; wait $$server; \
+	echo; \
+	echo "images/orig.jpg went through Triton, DALI and DeepLabV3-ResNet101, and its person was cut out. The pictures:"; \
+	echo "    $(OUTPUT)/orig0.jpg  the photo as the server decoded it"; \
+	echo "    $(OUTPUT)/segm0.jpg  the person"
+
+define FREE_PORTS
+'import socket; \
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]; \
+print(*(s.getsockname()[1] for s in sockets))'
+endef
+
+serve: .venv/run
+	$(BIN)/python server.py
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Made once, and brought up to date when the requirements change.
+.venv/run: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/run
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
