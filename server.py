@@ -236,8 +236,11 @@ def unload(triton: Triton, options: argparse.Namespace) -> None:
     time-out, and it ends without unloading and leaves its stub processes and their shared memory behind.
     """
     address = "127.0.0.1" if options.address == "0.0.0.0" else options.address
-    with InferenceServerClient(f"{address}:{options.http_port}", network_timeout=DRAIN_S) as client:
-        client.unload_model(MODEL_NAME, headers=create_auth_headers(triton.get_access_token(), "http"))
+    try:
+        with InferenceServerClient(f"{address}:{options.http_port}", network_timeout=DRAIN_S) as client:
+            client.unload_model(MODEL_NAME, headers=create_auth_headers(triton.get_access_token(), "http"))
+    except Exception as error:  # whatever it is, Triton is stopped next
+        LOGGER.warning("the model could not be unloaded: %s", error)
 
 
 def check_ports(options: argparse.Namespace) -> None:

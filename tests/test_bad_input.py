@@ -44,7 +44,8 @@ def refusal(segment: Answers, encoded: bytes, **parameters: object) -> str:
 
 
 def assert_serves(segment: Answers) -> None:
-    assert psnr(segment(PHOTO)["original"][0], decode(PHOTO)) > 40
+    # The original alone: the network, which never saw the bad request, takes most of the time without a GPU.
+    assert psnr(segment(PHOTO, outputs=("original",))["original"][0], decode(PHOTO)) > 40
 
 
 @pytest.mark.parametrize("kind", BAD_PHOTOS)
@@ -106,7 +107,7 @@ def test_nothing_grows_and_nothing_restarts(server, segment_http):
     for encoded in bad * 40:
         refusal(segment_http, encoded)
     assert resident_mb() < before + 20
-    assert_serves(segment_http)
+    assert segment_http(PHOTO)["segmented"].any(axis=3).mean() > 0.3
     assert server.process.poll() is None
 
 

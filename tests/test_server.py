@@ -17,7 +17,7 @@ import torch
 from conftest import NEEDS_GPU, ROOT, SAMPLES, Answers, Server, decode, free_ports, psnr, run_script, running_server
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights
 
-from model_inference import load_weights
+from model_inference import WeightsError, load_weights
 
 PHOTO = SAMPLES["person"][0].read_bytes()
 PRETRAINED = DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1
@@ -75,35 +75,42 @@ def test_a_port_that_is_taken(flag, tmp_path):
     assert f"127.0.0.1:{port} cannot be listened on (Address already in use); see {flag}" in said
 
 
-def broken(change):
-    """Return a state dict that ``change`` has damaged."""
-    state_dict = load_weights("demo").state_dict
-    change(state_dict)
-    return state_dict
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         (b"", "is no state dict that torch can read"),
-        (b"not a torch file at all", "is no state dict that torch can read"),
         ([1, 2, 3], "holds a list, not a state dict"),
+        ({}, "is missing (and 667 more like it)"),
         (lambda state: state.pop("backbone.conv1.weight"), "backbone.conv1.weight is missing"),
         (lambda state: state.update(extra=torch.ones(1)), "extra does not belong there"),
+        (lambda state: state.update({"classifier.4.bias": 5}), "classifier.4.bias is no tensor"),
         (
             lambda state: state.update({"classifier.4.bias": torch.ones(5)}),
             "classifier.4.bias has shape [5] instead of [21]",
         ),
-        (lambda state: state.clear(), "is missing (and 667 more like it)"),
     ],
 )
 def test_broken_weights(content, expected, tmp_path):
     file = tmp_path / "weights.pth"
-    if isinstance(content, bytes):
+    if callable(content):
+        state_dict = load_weights("demo").state_dict
+        content(state_dict)
+        torch.save(state_dict, file)
+    elif isinstance(content, bytes):
         file.write_bytes(content)
     else:
-        torch.save(broken(content) if callable(content) else content, file)
-    assert expected in start_up_failure("--weights", file, cwd=tmp_path)
+        torch.save(content, file)
+    with pytest.raises(WeightsError) as error:
+        load_weights(str(file))
+    assert expected in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_broken_weights_on_the_command_line(tmp_path):
+    state_dict = load_weights("demo").state_dict
+    del state_dict["backbone.conv1.weight"]
+    torch.save(state_dict, tmp_path / "weights.pth")
+    assert "backbone.conv1.weight is missing" in start_up_failure("--weights", "weights.pth", cwd=tmp_path)
 
 
 def test_weights_that_run_code_are_refused(tmp_path):
