@@ -12,7 +12,7 @@ WORKDIR /app
 COPY requirements.txt ./
 RUN pip install --no-cache-dir -r requirements.txt
 
-COPY server.py client.py request.py model_inference.py pipelines.py ./
+COPY *.py ./
 COPY images images
 COPY weights weights
 

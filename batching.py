@@ -10,8 +10,8 @@ from concurrent.futures import Future
 class Batcher:
     """Callable with one item; each worker takes what waits, up to a batch, and never waits for company.
 
-    A worker is called with a list of items, in a thread of its own, and returns a list of results. Where it raises for
-    a batch, it is called for each item alone, so that only those fail that are at fault.
+    A worker is called with a list of items, in a thread of its own, and returns a list of results, which it must not
+    touch again. Where it raises for a batch, it is called for each item alone, so that only those at fault fail.
     """
 
     def __init__(self, workers: Sequence[Callable[[list], list]], max_batch_size: int):
@@ -38,7 +38,7 @@ class Batcher:
 
     def _answer(self, worker: Callable[[list], list], batch: list[tuple[object, Future]]) -> None:
         try:
-            results = worker([item for item, _ in batch])
+            answers = list(zip(batch, worker([item for item, _ in batch]), strict=True))
         except Exception as error:
             if len(batch) == 1:
                 batch[0][1].set_exception(error)
@@ -46,5 +46,5 @@ class Batcher:
             for entry in batch:
                 self._answer(worker, [entry])
         else:
-            for (_, future), result in zip(batch, results, strict=True):
+            for (_, future), result in answers:
                 future.set_result(result)

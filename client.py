@@ -8,6 +8,7 @@ Exit status: 0 when all photos were answered, 1 when some were not, 2 when nothi
 
 import argparse
 import logging
+import re
 import sys
 import threading
 import time
@@ -50,8 +51,9 @@ class Connection:
             port = parts.port or DEFAULT_PORTS[parts.scheme]
         except ValueError as error:
             raise UsageError(f"--url {url}: {error}") from None
-        self.url = f"{parts.scheme}://{parts.hostname}:{port}"
-        self._address = f"{parts.hostname}:{port}"
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        self._address = f"{host}:{port}"
+        self.url = f"{parts.scheme}://{self._address}"
         self._verbose = verbose
         self._triton: ModuleType = tritonclient.grpc if parts.scheme == "grpc" else tritonclient.http
         self._clients = threading.local()
@@ -62,11 +64,11 @@ class Connection:
         announced = False
         while True:
             try:
-                if self._client().is_model_ready(MODEL_NAME):
+                if self._is_ready(max(0.1, deadline - time.monotonic())):
                     return
                 state = f"the server does not have the model {MODEL_NAME} ready"
             except Exception as error:  # refused, unknown host, no HTTP: each library has exceptions of its own for it
-                state = f"no server answers there ({last_line(error)})"
+                state = f"no server answers there ({sentence(error)})"
             if time.monotonic() > deadline:
                 raise UsageError(
                     f"{self.url}: {state}; start it with `python server.py` or see --url and --init-timeout-s"
@@ -75,6 +77,13 @@ class Connection:
                 LOGGER.info("waiting up to %g s for %s to serve %s", timeout_s, self.url, MODEL_NAME)
                 announced = True
             time.sleep(0.2)
+
+    def _is_ready(self, timeout_s: float) -> bool:
+        if self._triton is tritonclient.grpc:
+            return self._client().is_model_ready(MODEL_NAME, client_timeout=timeout_s)
+        timeouts = {"connection_timeout": timeout_s, "network_timeout": timeout_s}
+        with tritonclient.http.InferenceServerClient(self._address, **timeouts) as client:
+            return client.is_model_ready(MODEL_NAME)
 
     def segment(self, encoded: bytes, parameters: dict) -> tuple[np.ndarray, np.ndarray]:
         """Return ``original`` and ``segmented``, uint8 ``[H, W, 3]`` each. Raises RequestError."""
@@ -87,7 +96,7 @@ class Connection:
                 MODEL_NAME, [image], outputs=outputs, parameters=parameters, **self._timeout()
             )
         except Exception as error:
-            raise RequestError(last_line(error)) from error
+            raise RequestError(sentence(error)) from error
         return result.as_numpy("original")[0], result.as_numpy("segmented")[0]
 
     def _client(self):
@@ -100,14 +109,11 @@ class Connection:
         return {"client_timeout": REQUEST_TIMEOUT_S} if self._triton is tritonclient.grpc else {}
 
 
-def last_line(error: Exception) -> str:
-    """Return the sentence of an error: PyTriton wraps the server's into tracebacks."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    for line in lines:
-        for kind in ("InvalidRequest: ", "InferenceFailed: "):
-            if kind in line:
-                return line.split(kind, 1)[1]
-    return lines[0]
+def sentence(error: Exception) -> str:
+    """Return the line of an error that says what was wrong: PyTriton wraps the server's into tracebacks."""
+    text = str(error).split("\nAt:\n")[0].strip() or type(error).__name__
+    found = re.search(r"(InvalidRequest|InferenceFailed): (.*)", text)
+    return found[2] if found else text.splitlines()[-1]
 
 
 def segment_file(connection: Connection, path: Path, index: int, options: argparse.Namespace) -> str:
@@ -119,7 +125,7 @@ def segment_file(connection: Connection, path: Path, index: int, options: argpar
     original, segmented = connection.segment(encoded, options.parameters)
     took = time.monotonic() - began
     height, width, _ = original.shape
-    line = f"{path}: {width} x {height} pixels, {segmented.any(axis=2).mean():.0%} cut out, {took * 1000:.0f} ms"
+    line = f"{path}: {width} x {height} pixels, {segmented.any(axis=2).mean():.0%} kept, {took * 1000:.0f} ms"
     if options.dump_images:
         for name, image in (("orig", original), ("segm", segmented)):
             target = options.output_dir / f"{name}{index}.jpg"
@@ -129,8 +135,16 @@ def segment_file(connection: Connection, path: Path, index: int, options: argpar
     return line
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Answers a mistake with a line, where argparse prints its usage, too."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    """Read the command line; a mistake on it ends the process with status 2."""
+    parser = OneLineParser(
         description=f"Send photos to the model {MODEL_NAME} and report or write what comes back.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -180,16 +194,21 @@ def send_all(options: argparse.Namespace) -> int:
             pool.submit(segment_file, connection, path, index, options): path
             for index, path in enumerate(options.image_paths)
         }
-        for future in tqdm(as_completed(paths), total=len(paths), unit="photo", disable=len(paths) == 1):
-            try:
-                tqdm.write(future.result())
-            except (RequestError, OSError) as error:
-                failed += 1
-                tqdm.write(f"{paths[future]}: {error}", file=sys.stderr)
+        try:
+            for future in tqdm(as_completed(paths), total=len(paths), unit="photo", disable=len(paths) == 1):
+                try:
+                    tqdm.write(future.result())
+                except (RequestError, OSError) as error:
+                    failed += 1
+                    tqdm.write(f"{paths[future]}: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
     return failed
 
 
 def main() -> None:
+    """Run the client; the exit status is described above."""
     options = parse_options()
     logging.basicConfig(level=logging.DEBUG if options.verbose else logging.INFO, format="%(message)s")
     try:

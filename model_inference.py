@@ -8,16 +8,20 @@ Needs neither Triton nor DALI::
 """
 
 import math
+import socket
 import threading
+import timeit
 import urllib.request
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.fx.experimental.optimization import fuse
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights, deeplabv3_resnet101
 
 PRETRAINED = DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLASS_NAMES = tuple(PRETRAINED.meta["categories"])  # the 21 of Pascal VOC, background first
 DEMO_PATH = Path(__file__).parent / "weights" / "demo.pt"
 DOWNLOAD_TIMEOUT_S = 10
@@ -40,17 +44,15 @@ class Weights:
 
 
 class SegmentationNetwork:
-    """DeepLabV3-ResNet101 without its auxiliary head, in inference mode.
+    """DeepLabV3-ResNet101 without its auxiliary head, made for inference. Several threads may call it at once."""
 
-    ``state_dict`` has to fit, as the one of :func:`load_weights` does. The object may be called from several
-    threads at once.
-    """
-
-    def __init__(self, state_dict: dict[str, torch.Tensor], device: torch.device):
+    def __init__(self, state_dict: dict[str, torch.Tensor], device: torch.device, precision: str = "fp32"):
+        """``state_dict``: one that fits, as :func:`load_weights` gives. ``precision``: a key of ``PRECISIONS``."""
         self.device = device
-        self.module = _empty_network()
-        self.module.load_state_dict(state_dict, assign=True)
-        self.module.eval().requires_grad_(False).to(device)
+        self.precision = precision
+        # Batch normalisation goes into the convolutions before them, in fp32 and so without loss.
+        fused = fuse(build_module(state_dict))
+        self._module = fused.to(device, PRECISIONS[precision], memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -59,13 +61,73 @@ class SegmentationNetwork:
         ``images``: float32 ``[N, 3, S, S]`` on any device, RGB, normalised with ImageNet's mean and standard
         deviation. Returns float32 ``[N, 21, S, S]`` on the network's device; the 21 add up to 1 in each pixel.
         """
-        logits = self.module(images.to(self.device))["out"]
-        return logits.softmax(dim=1)
+        images = images.to(self.device, PRECISIONS[self.precision], memory_format=torch.channels_last)
+        return self._module(images)["out"].float().softmax(dim=1)
 
     def check_device(self) -> None:
         """Raise RuntimeError where a CUDA error has made the device unusable for this process."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class GraphedNetwork:
+    """A network on a GPU, replayed from CUDA graphs: one launch, not hundreds. Belongs to one thread at a time."""
+
+    def __init__(self, network: SegmentationNetwork, input_size: int, max_batch_size: int):
+        """Capture a graph for each power of two up to ``max_batch_size``, for inputs of ``input_size`` squared."""
+        self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.cuda.CUDAGraph]] = {}
+        size = 1 << (max_batch_size - 1).bit_length()
+        # The largest first: the others find room in its memory.
+        while size >= 1:
+            images = torch.zeros(size, 3, input_size, input_size, device=network.device)
+            for _ in range(2):  # cuDNN chooses its algorithms now, which it cannot do in a capture
+                network(images)
+            graph = torch.cuda.CUDAGraph()
+            pool = next(iter(self._graphs.values()))[2].pool() if self._graphs else None
+            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(network.device)):
+                probabilities = network(images)
+            self._graphs[size] = images, probabilities, graph
+            size //= 2
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Do the same for ``max_batch_size`` images at most; the result is valid until the next call."""
+        count = len(images)
+        inputs, probabilities, graph = self._graphs[1 << (count - 1).bit_length()]
+        inputs[:count].copy_(images)
+        graph.replay()
+        return probabilities[:count]
+
+
+def build_module(state_dict: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """Return torchvision's network with these weights, in evaluation mode, on the CPU."""
+    module = _empty_module()
+    module.load_state_dict(state_dict, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def pick_precision(choice: str, device: torch.device) -> str:
+    """Return the choice, or for ``auto`` the fastest precision of the device.
+
+    On a GPU that is what its tensor cores take. On a CPU it is measured with a convolution of the network: of two
+    processors that announce bf16 instructions one was more than twice as fast with them, the other slower.
+    """
+    if choice != "auto":
+        return choice
+    if device.type == "cuda":
+        generation = torch.cuda.get_device_capability(device)
+        return "bf16" if generation >= (8, 0) else "fp16" if generation >= (7, 0) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        return "fp32"
+    return min("fp32", "bf16", key=_convolution_seconds)
+
+
+@torch.inference_mode()
+def _convolution_seconds(precision: str) -> float:
+    layout = {"dtype": PRECISIONS[precision], "memory_format": torch.channels_last}
+    convolution = torch.nn.Conv2d(256, 256, 3, padding=2, dilation=2).to(**layout)
+    images = torch.zeros(1, 256, 28, 28).to(**layout)
+    return min(timeit.repeat(lambda: convolution(images), repeat=5, number=4))
 
 
 def load_weights(choice: str, demo_path: Path = DEMO_PATH) -> Weights:
@@ -85,7 +147,7 @@ def load_weights(choice: str, demo_path: Path = DEMO_PATH) -> Weights:
         except WeightsError as error:
             warning = (
                 "DEMONSTRATION WEIGHTS: they know the two photos in images/ and nothing else. "
-                f"The pretrained weights were not to be had: {error}"
+                f"The pretrained weights could not be obtained: {error}"
             )
             return replace(load_weights("demo"), warning=warning)
     return Weights(_checked(_read_file(Path(choice)), choice), f"file {choice}")
@@ -95,7 +157,7 @@ def random_convolution(name: str, shape: torch.Size) -> torch.Tensor:
     """Draw the weight of the convolution called ``name``: the same values on every machine, float32.
 
     Uniform with He's variance of 2 / fan-out (He et al. 2015, arXiv:1502.01852, section 2.2). Uniform in [0, 1)
-    first and scaled after, because only so every processor rounds every value alike.
+    first and scaled after, so that every processor rounds alike.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     fan_out = shape[0] * math.prod(shape[2:])
@@ -113,10 +175,10 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> int:
 
 def network_shapes() -> dict[str, torch.Size]:
     """Return the name and shape of everything in the network's state dict."""
-    return {name: tensor.shape for name, tensor in _empty_network().state_dict().items()}
+    return {name: tensor.shape for name, tensor in _empty_module().state_dict().items()}
 
 
-def _empty_network() -> torch.nn.Module:
+def _empty_module() -> torch.nn.Module:
     # On the meta device nothing is allocated and no time goes into random values that the weights replace.
     with torch.device("meta"):
         return deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=len(CLASS_NAMES), aux_loss=False)
@@ -129,6 +191,8 @@ def _pretrained_state_dict() -> dict[str, torch.Tensor]:
             f"{PRETRAINED.url} cannot be reached, and it is not at {path}: "
             "download it elsewhere and put it there, or use --weights demo"
         )
+    # torch's download has no time-out of its own, and would wait for ever where the network falls silent.
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
         state_dict = PRETRAINED.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -136,6 +200,8 @@ def _pretrained_state_dict() -> dict[str, torch.Tensor]:
             f"{PRETRAINED.url} could not be loaded through {path} ({_one_line(error)}); "
             "delete that file if it is there, download it again and put it there"
         ) from error
+    finally:
+        socket.setdefaulttimeout(None)
     return _checked(state_dict, str(path))
 
 
@@ -147,7 +213,7 @@ def _answers(url: str) -> bool:
         try:
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=DOWNLOAD_TIMEOUT_S):
                 answered.set()
-        except OSError:
+        except Exception:  # whatever it is, the download would fail of it, too
             pass
 
     thread = threading.Thread(target=ask, daemon=True)

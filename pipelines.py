@@ -4,6 +4,7 @@
 Both take and give batches of photos that differ in size. An object of either class belongs to one thread at a time.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,10 @@ from request import InvalidRequest
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0 to 1: what torchvision's weights were trained with
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# nvImageCodec's statuses that blame the file: invalid parameter, bad or unsupported code stream, as seen by the codec
+# or by one of its extensions. The others are of memory, of CUDA and of the library itself.
+DECODING_ERROR = re.compile(r"Failed to decode|nvImageCodec failure: '#(2|3|4|9|13|17|19)'")
+
 TensorList = TensorListCPU | TensorListGPU
 
 
@@ -24,6 +29,7 @@ class Preprocess:
 
     def __init__(self, device: torch.device, input_size: int, max_batch_size: int = 1, num_threads: int = 1):
         """``input_size``: width and height of the network's input in pixels."""
+        self._device = device
         self._pipeline = _preprocess_pipeline(
             decoder="cpu" if device.type == "cpu" else "mixed",
             input_size=input_size,
@@ -35,15 +41,14 @@ class Preprocess:
         """Return the decoded photos and the network's input.
 
         ``encoded``: for each photo a uint8 array ``[bytes]`` of a JPEG, PNG, BMP or WebP file. Returns the photos,
-        upright, uint8 ``[H, W, 3]`` each, and a float32 tensor ``[N, 3, S, S]``, both on the device and valid until
-        the next call. Raises InvalidRequest where one of the photos cannot be decoded.
+        upright, uint8 ``[H, W, 3]`` each, and a float32 tensor ``[N, 3, S, S]``, both on the device, in the order of
+        torch's current stream. Raises InvalidRequest where one of the photos cannot be decoded.
         """
         try:
-            photos, images = self._pipeline.run(encoded=list(encoded))
+            photos, images = self._pipeline.run(_stream(self._device), encoded=list(encoded))
         except RuntimeError as error:
-            # DALI has one class for all errors. Those of a decoder are named so; the pipeline goes on after them,
-            # whatever the text says.
-            if "nvImageCodec" not in str(error) and "Failed to decode" not in str(error):
+            # DALI has one class for all errors, and goes on after those of a decoder, whatever the text says.
+            if not DECODING_ERROR.search(str(error)):
                 raise
             raise InvalidRequest(
                 "the photo cannot be decoded: it is damaged, or of a kind that DALI cannot read"
@@ -55,6 +60,7 @@ class Postprocess:
     """Bring a class's probability to the size of the photo and cut the class out."""
 
     def __init__(self, device: torch.device, max_batch_size: int = 1, num_threads: int = 1):
+        self._device = device
         self._pipeline = _postprocess_pipeline(device=_backend(device), **_common(device, max_batch_size, num_threads))
         self._pipeline.build()
 
@@ -68,6 +74,7 @@ class Postprocess:
             # DALI asks torch for a CUDA stream when it is fed torch tensors, and torch has none without a GPU.
             probability = probability.numpy()
         (segmented,) = self._pipeline.run(
+            _stream(self._device),
             photo=photos,
             probability=probability[..., None],
             threshold=np.asarray(threshold, np.float32),
@@ -110,6 +117,10 @@ def _common(device: torch.device, max_batch_size: int, num_threads: int) -> dict
         "device_id": None if device.type == "cpu" else device.index or 0,
         "prefetch_queue_depth": 1,
     }
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    return None if device.type == "cpu" else torch.cuda.current_stream(device)
 
 
 def _backend(device: torch.device) -> str:

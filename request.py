@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a client may send, and the one sentence it is told when it sends something else."""
 
+from __future__ import annotations
+
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from pytriton.proxy.types import Request
+from PIL.JpegImagePlugin import JpegImageFile
+
+if TYPE_CHECKING:
+    from pytriton.proxy.types import Request
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
@@ -18,8 +24,8 @@ Image.MAX_IMAGE_PIXELS = None
 class RequestError(Exception):
     """A request that gets no answer; the message is one sentence for its client."""
 
-    # PyTriton sends the client the exception as Python prints it. Without a traceback and a module that ends in the
-    # line "InvalidRequest: sentence" and tells nothing of the files on this machine.
+    # PyTriton sends the client the exception as Python prints it. With neither traceback nor module that is the line
+    # "InvalidRequest: sentence", and tells nothing of the files on this machine.
     __traceback__ = None
     __module__ = "builtins"
 
@@ -88,7 +94,7 @@ def check_photo(encoded: np.ndarray, max_pixels: int) -> None:
     stream = io.BytesIO(data)
     try:
         with Image.open(stream, formats=FORMATS) as image:
-            (width, height), is_jpeg, scan = image.size, image.format in ("JPEG", "MPO"), stream.tell()
+            (width, height), is_jpeg = image.size, image.format in ("JPEG", "MPO")
     except UnidentifiedImageError:
         raise InvalidRequest(f"the photo's {len(data)} bytes are of no known kind, or damaged: {kinds}") from None
     except Exception as error:  # Pillow's parsers raise whatever the damage makes them stumble over.
@@ -98,7 +104,14 @@ def check_photo(encoded: np.ndarray, max_pixels: int) -> None:
             f"the photo has {width} x {height} pixels, more than the {max_pixels} that this server takes: "
             "make it smaller or start the server with a larger --max-pixels"
         )
-    # nvJPEG decodes what is there and leaves the rest of the picture grey, without a word. Inside a scan the end
-    # marker cannot occur; behind it may be anything, as cameras append previews and films.
-    if is_jpeg and data.find(b"\xff\xd9", scan) < 0:
+    if is_jpeg and not _has_end(data):
         raise InvalidRequest("the photo is truncated, its end is missing: send the whole file")
+
+
+def _has_end(jpeg: bytes) -> bool:
+    # nvJPEG decodes what is there of a truncated file and leaves the rest of the picture grey, without a word. Behind
+    # the header, where Pillow stops, the end marker cannot occur in the picture itself; before it are previews that
+    # have one of their own, and after the picture may be anything, as phones append second pictures and films.
+    stream = io.BytesIO(jpeg)
+    JpegImageFile(stream)
+    return jpeg.find(b"\xff\xd9", stream.tell()) >= 0

@@ -3,17 +3,22 @@
 
     python server.py [--help]
 
-:class:`Segmenter` is the way of a photo through the three stages, :class:`InferenceCallable` what PyTriton calls,
-:func:`serve` the model contract and the life of the server.
+:func:`serve` has the model contract and the life of the server, :func:`build_callables` puts the parts together, and
+:class:`InferenceCallable` is what PyTriton calls.
 """
 
 import sys
 
 if not (3, 11) <= sys.version_info < (3, 13):
-    print(f"server.py needs Python 3.11 or 3.12, as its packages do; this is {sys.version.split()[0]}", file=sys.stderr)
+    print(
+        f"server.py: needs Python 3.11 or 3.12, as its packages do; this is {sys.version.split()[0]}", file=sys.stderr
+    )
     sys.exit(2)
 
 import argparse
+import contextlib
+import ctypes
+import io
 import logging
 import math
 import os
@@ -21,13 +26,14 @@ import re
 import signal
 import socket
 import sysconfig
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 from pytriton.client.auth import create_auth_headers
-from pytriton.exceptions import PyTritonUnrecoverableError
 from pytriton.model_config import ModelConfig, Tensor
 from pytriton.proxy.types import Request
 from pytriton.triton import Triton, TritonConfig
@@ -35,67 +41,70 @@ from tritonclient.http import InferenceServerClient
 
 from request import InferenceFailed, PhotoRequest, RequestError, RequestReader
 
+# torch, torchvision and DALI are imported where they are first needed: they take seconds, and a mistake on the command
+# line is to be answered at once.
+
 MODEL_NAME = "ResNet101"
 WARM_UP_PHOTO = Path(__file__).parent / "images" / "orig.jpg"
-# Of the 10 s that `docker stop` leaves, photos in flight get 3 and unloading takes about 2. Triton waits that long for
-# clients to close their connections, too; after that it ends at once, and the processes below it need 2 s more.
-DRAIN_S = 3
-TRITON_EXIT_TIMEOUT_S = 6
+# `docker stop` leaves 10 s. Photos in flight get 2 of them; then Triton waits as long for clients to close connections.
+DRAIN_S = 2
 
 LOGGER = logging.getLogger("server")
 
 
 class StartError(Exception):
-    """The server cannot start; the message is one line for the user."""
+    """The server cannot start, and the user can do something about it; the message is one line."""
+
+
+class TritonError(Exception):
+    """Triton did not start or ended by itself; the message is one line."""
 
 
 class Shutdown:
-    """Handler of the signals that end the server: photos in flight are finished for a while, and refused after it."""
+    """Ends the server on a signal or a fatal error: photos in flight are finished for a while, later ones refused."""
 
     def __init__(self):
+        self._exit_status = 0
         self._refuse_from = math.inf
+        self._in_flight = 0
+        self._last_done = -math.inf
+        self._lock = threading.Lock()
 
-    def __call__(self, *_: object) -> None:
+    def handle_signal(self, *_: object) -> None:
+        """Leave whatever the main thread does, by way of an exception."""
+        sys.exit(self._exit_status)
+
+    def fail(self) -> None:
+        """End the server with an exit status that makes a supervisor start it again. From any thread."""
+        self._exit_status = 1
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """Surround the work on a request. Raises InferenceFailed where there is no time left for it."""
+        if time.monotonic() > self._refuse_from:
+            raise InferenceFailed("the server is stopping: send the photo to another one, or again later")
+        with self._lock:
+            self._in_flight += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_flight -= 1
+                self._last_done = time.monotonic()
+
+    def drain(self) -> None:
+        """Return when the photos in flight are answered, or when their time is up."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        self._refuse_from = time.monotonic() + DRAIN_S
+        began = time.monotonic()
+        self._refuse_from = began + DRAIN_S
         LOGGER.info("stopping: photos in flight get %d s", DRAIN_S)
-        sys.exit(0)  # raises in the main thread, and so leaves Triton's context
-
-    def check(self) -> None:
-        """Raise InferenceFailed where there is no time left."""
-        if time.monotonic() > self._refuse_from:
-            raise InferenceFailed("the server is stopping: send the photo to another, or again later")
-
-
-class Segmenter:
-    """The three stages, one after the other. An object belongs to one thread at a time."""
-
-    def __init__(self, preprocess, network, postprocess):
-        self._preprocess = preprocess
-        self._network = network
-        self._postprocess = postprocess
-
-    def __call__(self, requests: Sequence[PhotoRequest]) -> list[dict[str, np.ndarray]]:
-        """Return the outputs that each request asks for, uint8 ``[H, W, 3]``, valid until the next call."""
-        photos, images = self._preprocess([request.encoded for request in requests])
-        outputs = {}
-        if any("original" in request.outputs for request in requests):
-            outputs["original"] = to_host(photos)
-        if any("segmented" in request.outputs for request in requests):
-            probabilities = self._network(images)
-            wanted = probabilities[range(len(requests)), [request.class_index for request in requests]]
-            segmented = self._postprocess(photos, wanted, [request.threshold for request in requests])
-            outputs["segmented"] = to_host(segmented)
-        return [
-            {name: arrays[index] for name, arrays in outputs.items() if name in request.outputs}
-            for index, request in enumerate(requests)
-        ]
-
-
-def to_host(batch) -> list[np.ndarray]:
-    """Return the samples of a DALI batch as arrays in host memory."""
-    return [np.asarray(sample) for sample in batch.as_cpu()]
+        # A second without any: the last answer is on its way through PyTriton and Triton for some of it.
+        while time.monotonic() < began + DRAIN_S + 1:
+            if self._in_flight == 0 and time.monotonic() > max(self._last_done, began) + 1:
+                return
+            time.sleep(0.05)
 
 
 class InferenceCallable:
@@ -104,50 +113,54 @@ class InferenceCallable:
     def __init__(
         self,
         read_request: RequestReader,
-        segmenter: Segmenter,
+        segment: Callable[[PhotoRequest], dict[str, np.ndarray]],
         check_device: Callable[[], None],
         shutdown: Shutdown,
     ):
         self._read_request = read_request
-        self._segmenter = segmenter
+        self._segment = segment
         self._check_device = check_device
         self._shutdown = shutdown
 
     def __call__(self, requests: list[Request]) -> list[dict[str, np.ndarray]]:
         """Return for each request the outputs that it asks for, uint8 ``[1, H, W, 3]``.
 
-        Raises InvalidRequest or InferenceFailed, whose sentence goes to the client, and PyTritonUnrecoverableError,
-        which ends the server, where the GPU is lost to this process.
+        Raises InvalidRequest or InferenceFailed, whose sentence goes to the client.
         """
         try:
-            self._shutdown.check()
-            outputs = self._segmenter([self._read_request(request) for request in requests])
+            with self._shutdown.request():
+                outputs = [self._segment(self._read_request(request)) for request in requests]
         except RequestError as error:
             LOGGER.warning("refused a request: %s", error)
+            self._end_if_device_is_lost()
             raise
-        except Exception as error:
+        except Exception:
             LOGGER.exception("a request failed")
-            try:
-                self._check_device()
-            except RuntimeError:
-                raise PyTritonUnrecoverableError("the GPU is lost to this process: start the server again") from error
+            self._end_if_device_is_lost()
             raise InferenceFailed("the server failed at this photo and logged why: try again later") from None
         return [{name: array[None] for name, array in images.items()} for images in outputs]
+
+    def _end_if_device_is_lost(self) -> None:
+        # After some CUDA errors every later call of the process fails, or worse: a decoder takes good photos for bad.
+        try:
+            self._check_device()
+        except RuntimeError as error:
+            LOGGER.critical("the GPU is lost to this process, which ends: %s", str(error).splitlines()[0])
+            self._shutdown.fail()
 
 
 def pick_device(choice: str):
     """Return the torch.device for ``--device``. Raises StartError."""
-    # torch, torchvision and DALI are imported where they are first needed: they take seconds, and a mistake on the
-    # command line is to be answered at once.
     import torch
 
-    gpus = torch.cuda.device_count()
+    # A driver too old for this torch counts devices, but has none available.
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device(choice if choice != "auto" else "cuda" if gpus else "cpu")
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise StartError(f"--device {choice}: this machine shows {gpus} CUDA devices; nvidia-smi lists them")
-    LOGGER.info(
-        "device: %s", torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU; {gpus} CUDA devices"
-    )
+        raise StartError(
+            f"--device {choice}: torch finds {gpus} CUDA devices here; see nvidia-smi and the driver's version"
+        )
+    LOGGER.info("device: %s", torch.cuda.get_device_name(device) if gpus and device.type == "cuda" else "CPU")
     return device
 
 
@@ -156,7 +169,7 @@ def build_callables(options: argparse.Namespace, device, shutdown: Shutdown) -> 
 
     Returns an InferenceCallable for each instance, and a warning for the user or an empty string. Raises StartError.
     """
-    from model_inference import CLASS_NAMES, SegmentationNetwork, WeightsError, load_weights
+    from model_inference import CLASS_NAMES, SegmentationNetwork, WeightsError, load_weights, pick_precision
 
     if options.class_name not in CLASS_NAMES:
         raise StartError(f"--class-name {options.class_name} is none of {', '.join(CLASS_NAMES)}")
@@ -166,29 +179,34 @@ def build_callables(options: argparse.Namespace, device, shutdown: Shutdown) -> 
         raise StartError(f"--weights {options.weights}: {error}") from error
     LOGGER.info("weights: %s", weights.source)
 
-    from pipelines import Postprocess, Preprocess
+    from batching import Batcher
+    from segmentation import Segmenter
 
-    instances = options.instances or (4 if device.type == "cuda" else 1)
-    LOGGER.info("building and warming up %d instance%s", instances, "s"[: instances - 1])
-    network = SegmentationNetwork(weights.state_dict, device)
+    on_gpu = device.type == "cuda"
+    instances = options.instances or (16 if on_gpu else 2)
+    max_batch_size = options.max_batch_size or (8 if on_gpu else 2)
+    precision = pick_precision(options.precision, device)
+    LOGGER.info("warm-up: %d instances, batches of up to %d photos, %s", instances, max_batch_size, precision)
+    network = SegmentationNetwork(weights.state_dict, device, precision)
+    # Two on a GPU: while one batch is in the network, the next is decoded and the one before copied to the host.
+    segmenters = [Segmenter(network, options.input_size, max_batch_size) for _ in range(2 if on_gpu else 1)]
+    encoded = np.fromfile(WARM_UP_PHOTO, np.uint8)
+    photo = PhotoRequest(encoded, class_index=0, threshold=0.5, outputs=frozenset({"original", "segmented"}))
+    for segmenter in segmenters:
+        for size in {1, max_batch_size}:
+            segmenter([photo] * size)
+    segment = Batcher(segmenters, max_batch_size)
     read_request = RequestReader(CLASS_NAMES, options.class_name, options.threshold, options.max_pixels)
-    photo = np.fromfile(WARM_UP_PHOTO, np.uint8)
-    callables = []
-    for _ in range(instances):
-        segmenter = Segmenter(Preprocess(device, options.input_size), network, Postprocess(device))
-        callables.append(InferenceCallable(read_request, segmenter, network.check_device, shutdown))
-        callables[-1]([Request({"image": photo[None]}, requested_output_names=["original", "segmented"])])
+    callables = [InferenceCallable(read_request, segment, network.check_device, shutdown) for _ in range(instances)]
     return callables, weights.warning
 
 
 def serve(options: argparse.Namespace, shutdown: Shutdown) -> None:
-    """Serve until a signal ends the process. Raises StartError, and RuntimeError where Triton ended by itself."""
-    check_ports(options)
+    """Serve until a signal ends the process. Raises StartError and TritonError."""
+    check_address(options)
+    prepare_environment()
     device = pick_device(options.device)
     callables, warning = build_callables(options, device, shutdown)
-    # Triton's Python backend loads libpython by the loader's path, and must find the one of this interpreter first.
-    libraries = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
-    os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
     config = TritonConfig(
         http_address=options.address,
         http_port=options.http_port,
@@ -197,12 +215,14 @@ def serve(options: argparse.Namespace, shutdown: Shutdown) -> None:
         metrics_address=options.address,
         metrics_port=options.metrics_port,
         allow_gpu_metrics=device.type == "cuda",
-        exit_timeout_secs=TRITON_EXIT_TIMEOUT_S,
+        exit_timeout_secs=DRAIN_S,
         log_verbose=int(options.verbose),
         # Triton logs a page for each refused request, and PyTriton keeps all of that in memory.
         log_file=None if options.verbose else os.devnull,
     )
-    with Triton(config=config) as triton:
+    helpers: list[psutil.Process] = []
+    triton = Triton(config=config)
+    try:
         triton.bind(
             model_name=MODEL_NAME,
             infer_func=callables,
@@ -214,52 +234,115 @@ def serve(options: argparse.Namespace, shutdown: Shutdown) -> None:
             # Photos differ in size, and a Triton batch is one dense array: each request travels alone.
             config=ModelConfig(max_batch_size=1),
         )
+        try:
+            triton.run()
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise TritonError(f"Triton did not start ({reason[0]}); --verbose shows its log") from error
+        helpers = helper_processes()
         if warning:
             LOGGER.warning(warning)
         LOGGER.info(
-            "ready: model %s at http://%s:%d and grpc://%s:%d, metrics at http://%s:%d/metrics",
-            *(MODEL_NAME, options.address, options.http_port, options.address, options.grpc_port),
-            *(options.address, options.metrics_port),
+            f"ready: model {MODEL_NAME} at http://{options.address}:{options.http_port} and "
+            f"grpc://{options.address}:{options.grpc_port}, metrics at "
+            f"http://{options.address}:{options.metrics_port}/metrics"
         )
-        try:
-            triton.serve(monitoring_period_s=1)
-        except SystemExit:
-            unload(triton, options)
-            raise
-    raise RuntimeError("Triton ended by itself; the lines above say why")
+        triton.serve(monitoring_period_s=1)
+        raise TritonError("Triton ended by itself; --verbose shows its log")
+    except SystemExit:
+        refuse_new_requests(triton, options)
+        shutdown.drain()
+        raise
+    finally:
+        # PyTriton prints what comes from Triton's processes: from here on, how their resource trackers clear up.
+        with contextlib.redirect_stdout(sys.stdout if options.verbose else io.StringIO()):
+            clean_up(triton, helpers)
 
 
-def unload(triton: Triton, options: argparse.Namespace) -> None:
-    """Have Triton finish the photos in flight and unload the model, while it waits for connections to be closed.
-
-    Left alone it does one after the other: connections that clients keep open without using them take up its exit
-    time-out, and it ends without unloading and leaves its stub processes and their shared memory behind.
-    """
+def refuse_new_requests(triton: Triton, options: argparse.Namespace) -> None:
+    """Have Triton unload the model: it refuses what comes now, and answers what it has taken."""
     address = "127.0.0.1" if options.address == "0.0.0.0" else options.address
     try:
-        with InferenceServerClient(f"{address}:{options.http_port}", network_timeout=DRAIN_S) as client:
+        with InferenceServerClient(f"{address}:{options.http_port}", network_timeout=1, connection_timeout=1) as client:
             client.unload_model(MODEL_NAME, headers=create_auth_headers(triton.get_access_token(), "http"))
-    except Exception as error:  # whatever it is, Triton is stopped next
-        LOGGER.warning("the model could not be unloaded: %s", error)
+    except Exception as error:  # not started yet, ended already, or stopping because it saw the terminal's Ctrl-C, too
+        LOGGER.debug("the model was not unloaded: %s", error)
 
 
-def check_ports(options: argparse.Namespace) -> None:
-    """Raise StartError where a port cannot be had: Triton would fail late, and PyTriton wait for it for minutes."""
-    for flag in ("http_port", "grpc_port", "metrics_port"):
-        port = getattr(options, flag)
+def helper_processes() -> list[psutil.Process]:
+    """Return the processes that tritonserver started."""
+    return [process for process in psutil.Process().children(recursive=True) if process.ppid() != os.getpid()]
+
+
+def clean_up(triton: Triton, helpers: Sequence[psutil.Process]) -> None:
+    """Stop Triton, and what it leaves behind where it was killed or ran out of time."""
+    helpers = {*helpers, *helper_processes()}
+    # Triton takes 2 s to end each stub process, one after the other, and they have nothing left to do.
+    for helper in helpers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if helper.name().startswith("triton_python"):
+                helper.kill()
+    triton.stop()
+    for helper in psutil.wait_procs(helpers, timeout=1)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            helper.kill()
+    for segment in Path("/dev/shm").glob(f"pytrtion{os.getpid()}-*"):  # PyTriton's spelling
+        segment.unlink(missing_ok=True)
+
+
+def check_address(options: argparse.Namespace) -> None:
+    """Resolve the address, which Triton does not. Raises StartError where a port on it cannot be had.
+
+    Triton itself would fail late, and PyTriton wait for it for minutes.
+    """
+    for flag in ("--http-port", "--grpc-port", "--metrics-port"):
+        port = getattr(options, flag[2:].replace("-", "_"))
         try:
+            options.address = socket.gethostbyname(options.address)
             socket.create_server((options.address, port)).close()
         except OSError as error:
             reason = error.strerror.split(" (")[0]
-            flag = f"--{flag.replace('_', '-')}"
             raise StartError(
-                f"{options.address}:{port} cannot be listened on ({reason}); see {flag} and --address"
+                f"{options.address}:{port} cannot be listened on: {reason}; see {flag}, --address"
             ) from error
 
 
-def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def prepare_environment() -> None:
+    """Set what Triton and its stub processes inherit, and how the threads of this process take turns.
+
+    Raises StartError where this Python lacks its shared library.
+    """
+    # Triton's Python backend loads libpython by the loader's path, and has to find the one of this interpreter.
+    library = f"libpython3.{sys.version_info.minor}.so.1.0"
+    folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib"]
+    found = [folder for folder in folders if folder and Path(folder, library).exists()]
+    if not found:
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            raise StartError(
+                f"Triton needs {library}, which this Python lacks: take one built with --enable-shared"
+            ) from None
+    os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, [*found, os.environ.get("LD_LIBRARY_PATH")]))
+    # Images stay on the heap: by default each would be mapped, its pages zeroed, and unmapped again. 32 MiB is the most
+    # that glibc takes as the first of these.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(512 << 20))
+    os.environ.setdefault("MALLOC_TOP_PAD_", str(64 << 20))
+    # An instance waits for the interpreter's lock a few times a request, by default up to 5 ms each time.
+    sys.setswitchinterval(0.0005)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Answers a mistake with a line, where argparse prints its usage, too."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def parse_options() -> argparse.Namespace:
     """Read the command line; a mistake on it ends the process with status 2."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Serve DeepLabV3-ResNet101 with PyTriton and DALI.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -270,10 +353,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--weights",
         default="auto",
-        help="pretrained (torchvision's, downloaded once), demo (know two photos only), the path of a state dict, or "
-        "auto: pretrained, and demo where that cannot be had",
+        help="pretrained (torchvision's, downloaded once), demo (knows only the two sample photos), the path of a "
+        "state dict, or auto: pretrained, and demo where that cannot be had",
     )
-    add("--class-name", default="person", help="the class that is cut out where a request names none")
+    add("--class-name", default="person", help="the class to cut out where a request names none")
     add(
         "--threshold",
         type=bounded(float, 0, 1),
@@ -287,15 +370,26 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="width and height of the network's input in pixels",
     )
     add("--max-pixels", type=bounded(int, 1), default=25_000_000, help="photos with more pixels are refused")
-    add("--instances", type=bounded(int, 0, 64), default=0, help="photos worked on at once; 0: 4 on a GPU, 1 without")
-    add("--address", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="of the network; auto: the fastest",
+    )
+    add("--instances", type=bounded(int, 0, 64), default=0, help="requests in work at once; 0: 16 on a GPU, 2 without")
+    add(
+        "--max-batch-size",
+        type=bounded(int, 0, 64),
+        default=0,
+        help="of these, the most that go through the network together; 0: 8 on a GPU, 2 without",
+    )
+    add("--address", default="127.0.0.1", help="IPv4 address or name to listen on; 0.0.0.0 for all addresses")
     add("--http-port", type=bounded(int, 1, 65535), default=8000, help="port for HTTP")
     add("--grpc-port", type=bounded(int, 1, 65535), default=8001, help="port for gRPC")
     add("--metrics-port", type=bounded(int, 1, 65535), default=8002, help="port for Prometheus metrics")
     add("--verbose", action="store_true", help="log what PyTriton and Triton do")
-    options = parser.parse_args(arguments)
-    ports = {options.http_port, options.grpc_port, options.metrics_port}
-    if len(ports) < 3:
+    options = parser.parse_args()
+    if len({options.http_port, options.grpc_port, options.metrics_port}) < 3:
         parser.error("--http-port, --grpc-port and --metrics-port have to differ")
     return options
 
@@ -317,31 +411,34 @@ def bounded(kind: type, lowest: float, highest: float | None = None) -> Callable
 
 
 def device_name(text: str) -> str:
-    """An argparse type: auto, cpu, cuda or cuda:N."""
+    """Check a device, as an argparse type: auto, cpu, cuda or cuda:N."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda and cuda:N")
     return text
 
 
 def main() -> None:
+    """Run the server; see README.md for the exit status."""
     options = parse_options()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     LOGGER.setLevel(logging.INFO)
     if options.verbose:
+        LOGGER.setLevel(logging.DEBUG)
         logging.getLogger("pytriton").setLevel(logging.DEBUG)
     else:
-        # It logs a traceback for every refused request; InferenceCallable logs a line.
+        # It logs a traceback for every refused request, where InferenceCallable logs a line.
         logging.getLogger("pytriton.proxy.inference").setLevel(logging.ERROR)
+        logging.getLogger("pytriton.server").setLevel(logging.ERROR)
     shutdown = Shutdown()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, shutdown)
+        signal.signal(number, shutdown.handle_signal)
     try:
         serve(options, shutdown)
     except StartError as error:
         print(f"server.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        LOGGER.error("%s", error)
+    except TritonError as error:
+        print(f"server.py: {error}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import tritonclient.grpc
@@ -52,6 +53,7 @@ class Server:
         # because it holds Unix sockets, whose paths end at 107 characters.
         self.home = Path(tempfile.mkdtemp(prefix="pytriton-"))
         ports = ["--http-port", self.http_port, "--grpc-port", self.grpc_port, "--metrics-port", self.metrics_port]
+        self.segments_before = set(Path("/dev/shm").glob("psm_*"))
         self.began = time.monotonic()
         with log.open("w") as file:
             self.process = subprocess.Popen(
@@ -59,6 +61,7 @@ class Server:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=log.parent,
+                start_new_session=True,  # to send a signal to all of its processes, as a terminal does
                 env=os.environ | {"PYTRITON_HOME": str(self.home)} | (environment or {}),
             )
 
@@ -75,24 +78,31 @@ class Server:
         self.process.send_signal(number)
         return self.process.wait(timeout=30)
 
+    def family(self) -> list[psutil.Process]:
+        """Return the processes of the server: they all inherit its home."""
+        processes = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("PYTRITON_HOME") == str(self.home):
+                    processes.append(process)
+        return processes
+
     def left_behind(self) -> list[str]:
         """Return what a stopped server left: processes, shared memory, files in its workspace."""
         return [
-            *(f"process {line}" for line in read_all("cmdline") if str(self.home) in line),
+            *map(str, self.family()),
             # Triton's segments bear the server's process id; PyTriton's are those that no process has in use any more.
-            *(str(path) for path in Path("/dev/shm").glob(f"pytrtion{self.process.pid}-*")),
-            *(str(path) for path in Path("/dev/shm").glob("psm_*") if str(path) not in "".join(read_all("maps"))),
-            *(str(path) for path in self.home.glob("workspace_*")),
+            *map(str, Path("/dev/shm").glob(f"pytrtion{self.process.pid}-*")),
+            *sorted(set(Path("/dev/shm").glob("psm_*")) - self.segments_before - set(segments_in_use())),
+            *map(str, self.home.glob("workspace_*")),
         ]
 
 
-def read_all(name: str) -> list[str]:
-    """Return a file of /proc for each process."""
-    contents = []
-    for path in Path("/proc").glob(f"[0-9]*/{name}"):
-        with contextlib.suppress(OSError):
-            contents.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-    return contents
+def segments_in_use() -> Iterator[Path]:
+    """Yield PyTriton's shared memory segments that a process has mapped."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            yield from (Path(area.path) for area in process.memory_maps() if area.path.startswith("/dev/shm/psm_"))
 
 
 @contextlib.contextmanager
@@ -104,6 +114,8 @@ def running_server(log: Path, *arguments: str, environment: dict[str, str] | Non
     finally:
         if server.process.poll() is None:
             server.stop()
+        for process in server.family():
+            process.kill()
         shutil.rmtree(server.home, ignore_errors=True)
 
 
@@ -188,6 +200,6 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def sentence(error: Exception) -> str:
-    """Return the last line of what PyTriton says of an exception: below it is only where it was raised."""
+    """Return the last line of what PyTriton says of an exception; where Triton saw it, which follows, left away."""
     lines = [line.strip() for line in str(error).split("\nAt:\n")[0].splitlines() if line.strip()]
     return re.sub(r"^.*?(?=InvalidRequest: )", "", lines[-1])

@@ -131,7 +131,7 @@ def test_network_is_torchvisions_through_its_own_cache(device, tmp_path, monkeyp
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-    reference.classifier[-1].weight.data *= 100  # so that the probabilities differ from each other
+    reference.classifier[-1].weight.data *= 1.5e-4  # logits of a few, for probabilities that are neither all 0 or 1
     file = tmp_path / "hub" / "checkpoints" / DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1.url.rsplit("/", 1)[1]
     file.parent.mkdir(parents=True)
     torch.save(reference.state_dict(), file)
@@ -144,7 +144,7 @@ def test_network_is_torchvisions_through_its_own_cache(device, tmp_path, monkeyp
     images = torch.randn(2, 3, 224, 224)
     with torch.inference_mode():
         expected = reference(images)["out"].softmax(dim=1)
-    assert expected.std() > 0.05
+    assert expected.std() > 0.03
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     probabilities = SegmentationNetwork(weights.state_dict, torch.device(device))(images).cpu()
     assert probabilities.shape == (2, 21, 224, 224)

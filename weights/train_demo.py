@@ -26,6 +26,7 @@ from model_inference import (  # noqa: E402 - the project is no package
     CLASS_NAMES,
     PRETRAINED,
     SegmentationNetwork,
+    build_module,
     fingerprint,
     load_weights,
     network_shapes,
@@ -124,7 +125,7 @@ def train(steps: int, batch_size: int, device: torch.device) -> dict[str, torch.
     }
     start["classifier.4.weight"] = 0.01 * torch.randn(shapes["classifier.4.weight"])
     start = {name: value.long() if name.endswith("num_batches_tracked") else value for name, value in start.items()}
-    network = SegmentationNetwork(start | drawn, device).module.to(memory_format=torch.channels_last)
+    network = build_module(start | drawn).to(device, memory_format=torch.channels_last)
 
     learning = [value.requires_grad_(name not in drawn) for name, value in network.named_parameters()]
     learning = [value for value in learning if value.requires_grad]
