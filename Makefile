@@ -6,7 +6,7 @@ OUTPUT ?= output
 SHELL := bash
 BIN := .venv/bin
 
-.PHONY: run serve test lint
+.PHONY: run serve test benchmark lint
 
 # On free ports, to work beside whatever runs already. Whichever ends first decides: the client, as it should, or the
 # server, which then has said why.
@@ -34,6 +34,9 @@ serve: .venv/run
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+benchmark: .venv/dev
+	$(BIN)/python benchmark.py --plot benchmark.png
 
 lint: .venv/dev
 	$(BIN)/ruff check .

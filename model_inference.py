@@ -74,7 +74,10 @@ class GraphedNetwork:
     """A network on a GPU, replayed from CUDA graphs: one launch, not hundreds. Belongs to one thread at a time."""
 
     def __init__(self, network: SegmentationNetwork, input_size: int, max_batch_size: int):
-        """Capture a graph for each power of two up to ``max_batch_size``, for inputs of ``input_size`` squared."""
+        """Capture a graph for each power of two up to ``max_batch_size``, for inputs of ``input_size`` squared.
+
+        On torch's current stream, which must not be the default one.
+        """
         self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.cuda.CUDAGraph]] = {}
         size = 1 << (max_batch_size - 1).bit_length()
         # The largest first: the others find room in its memory.

@@ -15,8 +15,6 @@ from PIL.JpegImagePlugin import JpegImageFile
 if TYPE_CHECKING:
     from pytriton.proxy.types import Request
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-
 # Pillow's own limit would answer before ours, and with a text of its own.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -91,10 +89,10 @@ def check_photo(encoded: np.ndarray, max_pixels: int) -> None:
     kinds = "send a JPEG, PNG, BMP or WebP file"
     if not data:
         raise InvalidRequest(f"the photo is empty: {kinds}")
-    stream = io.BytesIO(data)
+    stream, is_jpeg = io.BytesIO(data), data.startswith(b"\xff\xd8")
     try:
-        with Image.open(stream, formats=FORMATS) as image:
-            (width, height), is_jpeg = image.size, image.format in ("JPEG", "MPO")
+        with JpegImageFile(stream) if is_jpeg else Image.open(stream, formats=("PNG", "BMP", "WEBP")) as image:
+            (width, height), header_end = image.size, stream.tell()
     except UnidentifiedImageError:
         raise InvalidRequest(f"the photo's {len(data)} bytes are of no known kind, or damaged: {kinds}") from None
     except Exception as error:  # Pillow's parsers raise whatever the damage makes them stumble over.
@@ -104,14 +102,8 @@ def check_photo(encoded: np.ndarray, max_pixels: int) -> None:
             f"the photo has {width} x {height} pixels, more than the {max_pixels} that this server takes: "
             "make it smaller or start the server with a larger --max-pixels"
         )
-    if is_jpeg and not _has_end(data):
+    # nvJPEG decodes what is there of a truncated file and leaves the rest of the picture grey, without a word. In the
+    # picture itself, behind the header, the end marker cannot occur. In the header may be previews with end markers of
+    # their own, and after the picture anything, as phones append second pictures and films.
+    if is_jpeg and data.find(b"\xff\xd9", header_end) < 0:
         raise InvalidRequest("the photo is truncated, its end is missing: send the whole file")
-
-
-def _has_end(jpeg: bytes) -> bool:
-    # nvJPEG decodes what is there of a truncated file and leaves the rest of the picture grey, without a word. Behind
-    # the header, where Pillow stops, the end marker cannot occur in the picture itself; before it are previews that
-    # have one of their own, and after the picture may be anything, as phones append second pictures and films.
-    stream = io.BytesIO(jpeg)
-    JpegImageFile(stream)
-    return jpeg.find(b"\xff\xd9", stream.tell()) >= 0

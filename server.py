@@ -201,12 +201,15 @@ def build_callables(options: argparse.Namespace, device, shutdown: Shutdown) -> 
     return callables, weights.warning
 
 
-def serve(options: argparse.Namespace, shutdown: Shutdown) -> None:
-    """Serve until a signal ends the process. Raises StartError and TritonError."""
+def serve(options: argparse.Namespace, shutdown: Shutdown, build: Callable = build_callables) -> None:
+    """Serve until a signal ends the process. Raises StartError and TritonError.
+
+    ``build``: makes the callables; ``benchmark.py`` has others, to compare with.
+    """
     check_address(options)
     prepare_environment()
     device = pick_device(options.device)
-    callables, warning = build_callables(options, device, shutdown)
+    callables, warning = build(options, device, shutdown)
     config = TritonConfig(
         http_address=options.address,
         http_port=options.http_port,
@@ -340,7 +343,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a mistake on it ends the process with status 2."""
     parser = OneLineParser(
         description="Serve DeepLabV3-ResNet101 with PyTriton and DALI.",
@@ -388,7 +391,7 @@ def parse_options() -> argparse.Namespace:
     add("--grpc-port", type=bounded(int, 1, 65535), default=8001, help="port for gRPC")
     add("--metrics-port", type=bounded(int, 1, 65535), default=8002, help="port for Prometheus metrics")
     add("--verbose", action="store_true", help="log what PyTriton and Triton do")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if len({options.http_port, options.grpc_port, options.metrics_port}) < 3:
         parser.error("--http-port, --grpc-port and --metrics-port have to differ")
     return options
@@ -417,9 +420,8 @@ def device_name(text: str) -> str:
     return text
 
 
-def main() -> None:
-    """Run the server; see README.md for the exit status."""
-    options = parse_options()
+def run(options: argparse.Namespace, build: Callable = build_callables) -> None:
+    """Run the server until it ends; see README.md for the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     LOGGER.setLevel(logging.INFO)
     if options.verbose:
@@ -433,7 +435,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, shutdown.handle_signal)
     try:
-        serve(options, shutdown)
+        serve(options, shutdown, build)
     except StartError as error:
         print(f"server.py: {error}", file=sys.stderr)
         sys.exit(2)
@@ -443,4 +445,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(parse_options())

@@ -45,7 +45,9 @@ def free_ports(count: int = 3) -> list[int]:
 class Server:
     """``python server.py`` on free ports, its log in a file."""
 
-    def __init__(self, log: Path, *arguments: str, environment: dict[str, str] | None = None):
+    def __init__(
+        self, log: Path, *arguments: str, environment: dict[str, str] | None = None, script: Path = ROOT / "server.py"
+    ):
         self.http_port, self.grpc_port, self.metrics_port = free_ports()
         self.http_url, self.grpc_url = f"http://127.0.0.1:{self.http_port}", f"grpc://127.0.0.1:{self.grpc_port}"
         self.log = log
@@ -57,7 +59,7 @@ class Server:
         self.began = time.monotonic()
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "server.py"), *map(str, ports), *arguments],
+                [sys.executable, str(script), *map(str, ports), *arguments],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=log.parent,
@@ -106,8 +108,8 @@ def segments_in_use() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def running_server(log: Path, *arguments: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    server = Server(log, *arguments, environment=environment)
+def running_server(log: Path, *arguments: str, **options: object) -> Iterator[Server]:
+    server = Server(log, *arguments, **options)
     try:
         server.wait_until_ready()
         yield server

@@ -108,7 +108,7 @@ def test_nothing_grows_and_nothing_restarts(server, segment_http):
         return (segments + sum(process.memory_info().rss for process in server.family())) / 1e6
 
     bad = [b"", *(encoded for encoded, _ in BAD_PHOTOS.values())]
-    for encoded in bad * 5:
+    for encoded in bad * 40:  # until each instance has seen its share
         refusal(segment_http, encoded)
     before, processes = memory_mb(), {process.pid for process in server.family()}
     for encoded in bad * 40:

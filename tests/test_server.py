@@ -271,6 +271,48 @@ def test_another_python_is_told_so(tmp_path):
     assert "needs Python 3.11 or 3.12" in done.stderr
 
 
+FAULTY_SERVER = """
+import sys
+sys.path.insert(0, {root!r})
+import segmentation, server, torch
+
+healthy = segmentation.Segmenter.__call__
+
+def segment(self, requests):
+    if requests[0].threshold == 0.125:
+        raise ValueError("a mistake in the code")
+    if requests[0].threshold == 0.875:  # an index out of bounds: a sticky CUDA error, for all that this process does
+        torch.zeros(1, device="cuda")[torch.full((1,), 7, device="cuda")].cpu()
+    return healthy(self, requests)
+
+segmentation.Segmenter.__call__ = segment
+server.run(server.parse_options())
+"""
+
+
+def test_an_error_of_the_server_costs_one_request(tmp_path):
+    (tmp_path / "faulty.py").write_text(FAULTY_SERVER.format(root=str(ROOT)))
+    with running_server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "faulty.py") as server:
+        segment = Answers(server, "http")
+        with pytest.raises(InferenceServerException, match="InferenceFailed: the server failed at this photo") as error:
+            segment(PHOTO, threshold=0.125)
+        assert "ValueError" not in str(error.value)
+        assert "ValueError: a mistake in the code" in server.log.read_text()
+        assert segment(PHOTO)["original"].shape == (1, *decode(PHOTO).shape)
+        assert server.stop() == 0
+
+
+@NEEDS_GPU
+def test_a_lost_gpu_ends_the_server_with_an_error(tmp_path):
+    (tmp_path / "faulty.py").write_text(FAULTY_SERVER.format(root=str(ROOT)))
+    with running_server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "faulty.py") as server:
+        with pytest.raises(InferenceServerException):
+            Answers(server, "http")(PHOTO, threshold=0.875)
+        assert server.process.wait(timeout=60) != 0
+        assert "the GPU is lost to this process" in server.log.read_text()
+        assert server.left_behind() == []
+
+
 @NEEDS_GPU
 def test_auto_takes_the_gpu(server):
     assert torch.cuda.get_device_name() in server.log.read_text()

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each stage alone, without Triton, against an independent reference."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, SAMPLES, decode, encode, psnr
+from conftest import DEVICES, SAMPLES, decode, encode, iou, psnr
 from PIL import Image
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights, deeplabv3_resnet101
 from torchvision.transforms import v2
 
 import model_inference
-from model_inference import SegmentationNetwork, load_weights
+from batching import Batcher
+from model_inference import SegmentationNetwork, load_weights, pick_precision
 from pipelines import Postprocess, Preprocess
-from request import InvalidRequest
+from request import InvalidRequest, PhotoRequest
+from segmentation import Segmenter
 
 PRESET = DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1.transforms()
 
@@ -151,6 +157,97 @@ def test_network_is_torchvisions_through_its_own_cache(device, tmp_path, monkeyp
     assert probabilities.dtype == torch.float32
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(2, 224, 224))
     torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def segmenter(request) -> Segmenter:
+    device = torch.device(request.param)
+    network = SegmentationNetwork(load_weights("demo").state_dict, device, pick_precision("auto", device))
+    return Segmenter(network, 224, 8)
+
+
+def ask(class_name: str, *size: tuple[int, int], outputs: tuple[str, ...] = ("original", "segmented")) -> PhotoRequest:
+    encoded = as_array(encode(sample(class_name, *size), "JPEG", quality=90))
+    return PhotoRequest(encoded, model_inference.CLASS_NAMES.index(class_name), 0.6, frozenset(outputs))
+
+
+def test_a_photos_answer_does_not_depend_on_its_company(segmenter):
+    company = [
+        ask("cat"),
+        ask("person", (1281, 851)),
+        ask("person", (20, 30)),
+        ask("cat", (640, 426)),
+        ask("cat", (1, 1)),
+    ]
+    wanted = ask("person")
+    (alone,) = segmenter([wanted])
+    for size in (2, 3, 5, 6):
+        together = segmenter([*company[: size - 1], wanted])[-1]
+        np.testing.assert_array_equal(together["original"], alone["original"])
+        assert iou(together["segmented"].any(axis=2), alone["segmented"].any(axis=2)) > 0.995
+
+
+def test_answers_outlive_the_next_batches(segmenter):
+    requests = [ask("person"), ask("cat")]
+    answers = segmenter(requests)
+    copies = [{name: array.copy() for name, array in answer.items()} for answer in answers]
+    for _ in range(10):
+        segmenter([ask("cat", (700, 500)), ask("person", (512, 512)), ask("cat")])
+    for answer, copy in zip(answers, copies, strict=True):
+        for name in answer:
+            np.testing.assert_array_equal(answer[name], copy[name])
+
+
+def test_only_what_is_asked_for_is_made(segmenter, monkeypatch):
+    monkeypatch.setattr(segmenter, "_network", None)  # to call it would fail
+    (answer,) = segmenter([ask("cat", outputs=("original",))])
+    assert set(answer) == {"original"}
+
+
+def test_one_bad_photo_in_a_batch_fails_alone(segmenter):
+    bad = PhotoRequest(as_array(encode(sample("cat"), "PNG")[:20_000]), 8, 0.6, frozenset({"original"}))
+    release = threading.Event()
+
+    def worker(requests):
+        release.wait()  # until all of them wait: the first call takes one or two, the next all others
+        return segmenter(requests)
+
+    segment = Batcher([worker], max_batch_size=8)
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(segment, request) for request in (ask("cat"), bad, ask("person"), bad, ask("cat"))]
+        release.set()
+    for index, answer in enumerate(answers):
+        if index in (1, 3):
+            with pytest.raises(InvalidRequest, match="cannot be decoded"):
+                answer.result()
+        else:
+            assert answer.result()["segmented"].any(axis=2).mean() > 0.3
+
+
+def test_batches_are_of_what_waits():
+    sizes, entered, release = [], threading.Event(), threading.Event()
+
+    def worker(items):
+        entered.set()
+        release.wait()
+        sizes.append(len(items))
+        return [2 * item for item in items]
+
+    double = Batcher([worker], max_batch_size=4)
+    with ThreadPoolExecutor(11) as pool:
+        first = pool.submit(double, 0)
+        entered.wait()
+        others = [pool.submit(double, item) for item in range(1, 11)]
+        while double._waiting.qsize() < 10:
+            time.sleep(0.01)
+        release.set()
+        assert [future.result() for future in [first, *others]] == list(range(0, 22, 2))
+    assert sizes == [1, 4, 4, 2]
+
+
+def test_a_worker_that_returns_too_little_fails_its_callers():
+    with pytest.raises(ValueError, match="zip"):
+        Batcher([lambda items: []], max_batch_size=4)("item")  # noqa: ARG005
 
 
 def test_the_class_names_are_pascal_vocs():
