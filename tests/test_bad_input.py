@@ -113,7 +113,8 @@ def test_nothing_grows_and_nothing_restarts(server, segment_http):
     before, processes = memory_mb(), {process.pid for process in server.family()}
     for encoded in bad * 40:
         refusal(segment_http, encoded)
-    assert memory_mb() < before + 20
+    # Triton's processes, several an instance, keep the memory that they once used; the requests alone would be 75 MB.
+    assert memory_mb() < before + 2 * len(processes)
     assert {process.pid for process in server.family()} == processes
     assert segment_http(PHOTO)["segmented"].any(axis=3).mean() > 0.3
 
