@@ -23,10 +23,11 @@ run: .venv/run
 	echo "    $(OUTPUT)/orig0.jpg  the photo as the server decoded it"; \
 	echo "    $(OUTPUT)/segm0.jpg  the person"
 
+# Below those that the system hands out to connections: what is free now is free when the server gets to it.
 define FREE_PORTS
-'import socket; \
-sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]; \
-print(*(s.getsockname()[1] for s in sockets))'
+'import random, socket; \
+busy = lambda port: socket.socket().connect_ex(("127.0.0.1", port)) == 0; \
+print(*random.sample([port for port in range(20000, 20300) if not busy(port)], 3))'
 endef
 
 serve: .venv/run

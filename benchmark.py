@@ -93,7 +93,7 @@ def build_ceiling(_options: argparse.Namespace, device, _shutdown: object) -> tu
         image = images[requests[0].data["image"].size]
         return [dict.fromkeys(requests[0].requested_output_names, image)]
 
-    return [lambda requests: answer(requests) for _ in range(16 if device.type == "cuda" else 2)], ""
+    return [lambda requests: answer(requests) for _ in range(16 if device.type == "cuda" else 1)], ""
 
 
 @contextlib.contextmanager

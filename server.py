@@ -70,9 +70,15 @@ class Shutdown:
         self._last_done = -math.inf
         self._lock = threading.Lock()
 
-    def handle_signal(self, *_: object) -> None:
-        """Leave whatever the main thread does, by way of an exception."""
-        sys.exit(self._exit_status)
+    def handle_signals(self) -> None:
+        """Have SIGINT and SIGTERM leave whatever the main thread does, by way of an exception."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: sys.exit(self._exit_status))
+
+    def ignore_signals(self) -> None:
+        """Let nothing disturb the shut-down that one has begun."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
     def fail(self) -> None:
         """End the server with an exit status that makes a supervisor start it again. From any thread."""
@@ -95,8 +101,6 @@ class Shutdown:
 
     def drain(self) -> None:
         """Return when the photos in flight are answered, or when their time is up."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
         began = time.monotonic()
         self._refuse_from = began + DRAIN_S
         LOGGER.info("stopping: photos in flight get %d s", DRAIN_S)
@@ -183,10 +187,10 @@ def build_callables(options: argparse.Namespace, device, shutdown: Shutdown) -> 
     from segmentation import Segmenter
 
     on_gpu = device.type == "cuda"
-    instances = options.instances or (16 if on_gpu else 2)
-    max_batch_size = options.max_batch_size or (8 if on_gpu else 2)
+    instances = options.instances or (16 if on_gpu else 1)
+    max_batch_size = options.max_batch_size or (8 if on_gpu else 1)
     precision = pick_precision(options.precision, device)
-    LOGGER.info("warm-up: %d instances, batches of up to %d photos, %s", instances, max_batch_size, precision)
+    LOGGER.info("warm-up: instances %d, photos a batch %d, precision %s", instances, max_batch_size, precision)
     network = SegmentationNetwork(weights.state_dict, device, precision)
     # Two on a GPU: while one batch is in the network, the next is decoded and the one before copied to the host.
     segmenters = [Segmenter(network, options.input_size, max_batch_size) for _ in range(2 if on_gpu else 1)]
@@ -240,8 +244,9 @@ def serve(options: argparse.Namespace, shutdown: Shutdown, build: Callable = bui
         try:
             triton.run()
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise TritonError(f"Triton did not start ({reason[0]}); --verbose shows its log") from error
+            # An exception in one of Triton's stub processes comes with a traceback around the line that counts.
+            lines = str(error).split("\nAt:\n")[0].strip().splitlines() or [type(error).__name__]
+            raise TritonError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
         helpers = helper_processes()
         if warning:
             LOGGER.warning(warning)
@@ -253,6 +258,7 @@ def serve(options: argparse.Namespace, shutdown: Shutdown, build: Callable = bui
         triton.serve(monitoring_period_s=1)
         raise TritonError("Triton ended by itself; --verbose shows its log")
     except SystemExit:
+        shutdown.ignore_signals()
         refuse_new_requests(triton, options)
         shutdown.drain()
         raise
@@ -379,12 +385,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="of the network; auto: the fastest",
     )
-    add("--instances", type=bounded(int, 0, 64), default=0, help="requests in work at once; 0: 16 on a GPU, 2 without")
+    add("--instances", type=bounded(int, 0, 64), default=0, help="requests in work at once; 0: 16 on a GPU, 1 without")
     add(
         "--max-batch-size",
         type=bounded(int, 0, 64),
         default=0,
-        help="of these, the most that go through the network together; 0: 8 on a GPU, 2 without",
+        help="of these, the most that go through the network together; 0: 8 on a GPU, 1 without",
     )
     add("--address", default="127.0.0.1", help="IPv4 address or name to listen on; 0.0.0.0 for all addresses")
     add("--http-port", type=bounded(int, 1, 65535), default=8000, help="port for HTTP")
@@ -432,8 +438,7 @@ def run(options: argparse.Namespace, build: Callable = build_callables) -> None:
         logging.getLogger("pytriton.proxy.inference").setLevel(logging.ERROR)
         logging.getLogger("pytriton.server").setLevel(logging.ERROR)
     shutdown = Shutdown()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, shutdown.handle_signal)
+    shutdown.handle_signals()
     try:
         serve(options, shutdown, build)
     except StartError as error:

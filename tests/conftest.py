@@ -4,6 +4,7 @@
 import contextlib
 import io
 import os
+import random
 import re
 import shutil
 import signal
@@ -37,9 +38,13 @@ SAMPLES = {
 
 
 def free_ports(count: int = 3) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
+    # Below those that the system hands out to connections: what is free now is free when the server gets to it.
+    ports = []
+    while len(ports) < count:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
+    return ports
 
 
 class Server:
@@ -91,6 +96,7 @@ class Server:
 
     def left_behind(self) -> list[str]:
         """Return what a stopped server left: processes, shared memory, files in its workspace."""
+        psutil.wait_procs(self.family(), timeout=2)  # Python's resource trackers end after what they track
         return [
             *map(str, self.family()),
             # Triton's segments bear the server's process id; PyTriton's are those that no process has in use any more.
