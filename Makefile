@@ -12,7 +12,7 @@ BIN := .venv/bin
 # server, which then has said why.
 run: .venv/run
 	@set -eu; \
-	read -r http grpc metrics < <($(BIN)/python -c $(FREE_PORTS)); \
+	read -r http grpc metrics < <($(BIN)/python -c 'import benchmark; print(*benchmark.free_ports())'); \
 	trap 'kill $$(jobs -p) 2>/dev/null || true; wait' EXIT; \
 	$(BIN)/python server.py --http-port $$http --grpc-port $$grpc --metrics-port $$metrics & server=$$!; \
 	$(BIN)/python client.py --url http://127.0.0.1:$$http --init-timeout-s 600 --dump-images --output-dir $(OUTPUT) & \
@@ -22,13 +22,6 @@ run: .venv/run
 	echo "images/orig.jpg went through Triton, DALI and DeepLabV3-ResNet101, and its person was cut out. The pictures:"; \
 	echo "    $(OUTPUT)/orig0.jpg  the photo as the server decoded it"; \
 	echo "    $(OUTPUT)/segm0.jpg  the person"
-
-# Below those that the system hands out to connections: what is free now is free when the server gets to it.
-define FREE_PORTS
-'import random, socket; \
-busy = lambda port: socket.socket().connect_ex(("127.0.0.1", port)) == 0; \
-print(*random.sample([port for port in range(20000, 20300) if not busy(port)], 3))'
-endef
 
 serve: .venv/run
 	$(BIN)/python server.py

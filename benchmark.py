@@ -18,6 +18,7 @@ import contextlib
 import io
 import json
 import platform
+import random
 import signal
 import socket
 import statistics
@@ -84,6 +85,8 @@ def build_plain(_options: argparse.Namespace, device, _shutdown: object) -> tupl
 
 def build_ceiling(_options: argparse.Namespace, device, _shutdown: object) -> tuple[list[Callable], str]:
     """Return as many callables as the server has, which only tell the photos apart, by their lengths."""
+    from server import INSTANCES
+
     images = {
         len(encoded): np.zeros((1, height, width, 3), np.uint8)
         for encoded, (width, height) in zip(photos(), SIZES, strict=True)
@@ -93,30 +96,31 @@ def build_ceiling(_options: argparse.Namespace, device, _shutdown: object) -> tu
         image = images[requests[0].data["image"].size]
         return [dict.fromkeys(requests[0].requested_output_names, image)]
 
-    return [lambda requests: answer(requests) for _ in range(16 if device.type == "cuda" else 1)], ""
+    return [lambda requests: answer(requests) for _ in range(INSTANCES[device.type])], ""
+
+
+def free_ports(count: int = 3) -> list[int]:
+    """Return ports of loopback that are free."""
+    # Below those that the system hands out to connections: what is free now is free when the server gets to it.
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.add(port)
+    return list(ports)
 
 
 @contextlib.contextmanager
 def running(name: str, device: str) -> Iterator[str]:
     """Start one of the three servers on free ports and yield its gRPC address."""
-    with contextlib.ExitStack() as stack:
-        ports = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(3)]
+    http_port, grpc_port, metrics_port = map(str, free_ports())
+    address = f"127.0.0.1:{grpc_port}"
     script = [str(ROOT / "server.py")] if name == "server" else [str(ROOT / "benchmark.py"), "--serve", name]
-    flags = [
-        "--weights",
-        "demo",
-        "--device",
-        device,
-        *zip(("--http-port", "--grpc-port", "--metrics-port"), map(str, ports), strict=True),
-    ]
-    command = [
-        sys.executable,
-        *script,
-        *(word for flag in flags for word in ([flag] if isinstance(flag, str) else flag)),
-    ]
+    ports = ["--http-port", http_port, "--grpc-port", grpc_port, "--metrics-port", metrics_port]
+    command = [sys.executable, *script, "--weights", "demo", "--device", device, *ports]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{ports[1]}") as client:
+        with tritonclient.grpc.InferenceServerClient(address) as client:
             deadline = time.monotonic() + 120
             while True:
                 with contextlib.suppress(tritonclient.grpc.InferenceServerException):
@@ -125,7 +129,7 @@ def running(name: str, device: str) -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     sys.exit(f"benchmark.py: the server called {name} did not start; its lines above say why")
                 time.sleep(0.2)
-        yield f"127.0.0.1:{ports[1]}"
+        yield address
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
@@ -194,6 +198,7 @@ def measure_stages(device, batch_sizes: Sequence[int]) -> list[dict]:
     from model_inference import CLASS_NAMES, GraphedNetwork, SegmentationNetwork, load_weights, pick_precision
     from pipelines import Postprocess, Preprocess
     from segmentation import Segmenter
+    from server import WORKERS
 
     shared = SegmentationNetwork(load_weights("demo").state_dict, device, pick_precision("auto", device))
     person = CLASS_NAMES.index("person")
@@ -224,7 +229,7 @@ def measure_stages(device, batch_sizes: Sequence[int]) -> list[dict]:
         postprocess = Postprocess(device, size, threads)
         row["postprocess_ms"], segmented = milliseconds(postprocess, originals, wanted, [0.6] * size)
         row["to_host_ms"], _ = milliseconds(to_host, originals, segmented)
-        workers = [Segmenter(shared, 224, size) for _ in range(2 if device.type == "cuda" else 1)]
+        workers = [Segmenter(shared, 224, size) for _ in range(WORKERS[device.type])]
         batch = [PhotoRequest(photo, person, 0.6, frozenset(BOTH)) for photo in encoded]
         with ThreadPoolExecutor(len(workers)) as pool:
             row["photos_per_s"] = sum(pool.map(partial(segment_for, 2.0, batch), workers))

@@ -14,6 +14,7 @@ import timeit
 import urllib.request
 import zlib
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -176,6 +177,7 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> int:
     return checksum
 
 
+@cache
 def network_shapes() -> dict[str, torch.Size]:
     """Return the name and shape of everything in the network's state dict."""
     return {name: tensor.shape for name, tensor in _empty_module().state_dict().items()}

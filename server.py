@@ -49,6 +49,12 @@ WARM_UP_PHOTO = Path(__file__).parent / "images" / "orig.jpg"
 # `docker stop` leaves 10 s. Photos in flight get 2 of them; then Triton waits as long for clients to close connections.
 DRAIN_S = 2
 
+# What needs no tuning, by the type of the device. Two workers on a GPU: while one batch is in the network, the next is
+# decoded and the one before copied to the host.
+INSTANCES = {"cuda": 16, "cpu": 1}
+MAX_BATCH_SIZE = {"cuda": 8, "cpu": 1}
+WORKERS = {"cuda": 2, "cpu": 1}
+
 LOGGER = logging.getLogger("server")
 
 
@@ -186,14 +192,12 @@ def build_callables(options: argparse.Namespace, device, shutdown: Shutdown) -> 
     from batching import Batcher
     from segmentation import Segmenter
 
-    on_gpu = device.type == "cuda"
-    instances = options.instances or (16 if on_gpu else 1)
-    max_batch_size = options.max_batch_size or (8 if on_gpu else 1)
+    instances = options.instances or INSTANCES[device.type]
+    max_batch_size = options.max_batch_size or MAX_BATCH_SIZE[device.type]
     precision = pick_precision(options.precision, device)
     LOGGER.info("warm-up: instances %d, photos a batch %d, precision %s", instances, max_batch_size, precision)
     network = SegmentationNetwork(weights.state_dict, device, precision)
-    # Two on a GPU: while one batch is in the network, the next is decoded and the one before copied to the host.
-    segmenters = [Segmenter(network, options.input_size, max_batch_size) for _ in range(2 if on_gpu else 1)]
+    segmenters = [Segmenter(network, options.input_size, max_batch_size) for _ in range(WORKERS[device.type])]
     encoded = np.fromfile(WARM_UP_PHOTO, np.uint8)
     photo = PhotoRequest(encoded, class_index=0, threshold=0.5, outputs=frozenset({"original", "segmented"}))
     for segmenter in segmenters:

@@ -4,15 +4,14 @@
 import contextlib
 import io
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +26,8 @@ from PIL import Image, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmark import free_ports  # noqa: E402 - the project is no package
+
 MODEL_NAME = "ResNet101"
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=NEEDS_GPU)]
@@ -35,16 +36,6 @@ SAMPLES = {
     "person": (ROOT / "images" / "orig.jpg", ROOT / "weights" / "orig_mask.png"),
     "cat": (ROOT / "images" / "cat_orig.jpg", ROOT / "weights" / "cat_mask.png"),
 }
-
-
-def free_ports(count: int = 3) -> list[int]:
-    # Below those that the system hands out to connections: what is free now is free when the server gets to it.
-    ports = []
-    while len(ports) < count:
-        port = random.randrange(20_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            ports.append(port)
-    return ports
 
 
 class Server:
@@ -84,6 +75,12 @@ class Server:
         """Send a signal, wait and return the exit status."""
         self.process.send_signal(number)
         return self.process.wait(timeout=30)
+
+    def metric(self, name: str) -> int:
+        """Return the sum of one of Triton's metrics, ``nv_inference_`` and the name."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics") as response:
+            lines = response.read().decode().splitlines()
+        return int(sum(float(line.split()[-1]) for line in lines if line.startswith(f"nv_inference_{name}{{")))
 
     def family(self) -> list[psutil.Process]:
         """Return the processes of the server: they all inherit its home."""

@@ -2,8 +2,6 @@
 """The served model: right answers for everything that the contract allows, over HTTP and gRPC."""
 
 import functools
-import io
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -198,14 +196,6 @@ def test_many_at_once_each_get_their_own_answer(server):
 
 
 def test_metrics_count_the_requests(server, segment_http):
-    def count() -> int:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as response:
-            lines = io.TextIOWrapper(response).read().splitlines()
-        values = [
-            line.split()[-1] for line in lines if line.startswith("nv_inference_request_success") and MODEL_NAME in line
-        ]
-        return int(float(values[0]))
-
-    before = count()
+    before = server.metric("request_success")
     segment_http(encode(BRIGHT, "PNG"))
-    assert count() == before + 1
+    assert server.metric("request_success") == before + 1

@@ -114,11 +114,10 @@ class Batches:
         return NORMALISE(random_colours(images)), labels[:, 0].long()
 
 
-def train(steps: int, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return what was trained, in fp16: batch norm's parameters and statistics, and the last convolution."""
+def train(drawn: dict[str, torch.Tensor], steps: int, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Train all but ``drawn`` and return it in fp16: batch norm's parameters and statistics, the last convolution."""
     torch.manual_seed(0)
     shapes = network_shapes()
-    drawn = {name: random_convolution(name, shape) for name, shape in shapes.items() if is_drawn(name, shape)}
     start = {
         name: torch.ones(shape) if name.endswith(("weight", "var")) else torch.zeros(shape)
         for name, shape in shapes.items()
@@ -151,8 +150,13 @@ def train(steps: int, batch_size: int, device: torch.device) -> dict[str, torch.
     return {name: value.half() if value.is_floating_point() else value for name, value in trained.items()}
 
 
-def is_drawn(name: str, shape: torch.Size) -> bool:
-    return len(shape) == 4 and name != "classifier.4.weight"
+def draw_convolutions() -> dict[str, torch.Tensor]:
+    """Return the weights of all convolutions but the last, as the server draws them, too."""
+    return {
+        name: random_convolution(name, shape)
+        for name, shape in network_shapes().items()
+        if len(shape) == 4 and name != "classifier.4.weight"
+    }
 
 
 def report(path: Path, device: torch.device) -> None:
@@ -187,9 +191,8 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "weights" / "demo.pt")
     options = parser.parse_args()
-    trained = train(options.steps, options.batch_size, options.device)
-    shapes = network_shapes()
-    drawn = {name: random_convolution(name, shape) for name, shape in shapes.items() if is_drawn(name, shape)}
+    drawn = draw_convolutions()
+    trained = train(drawn, options.steps, options.batch_size, options.device)
     torch.save({"fingerprint": fingerprint(drawn), "state_dict": trained}, options.output)
     print(f"{options.output}: {options.output.stat().st_size / 1e6:.2f} MB")
     report(options.output, options.device)
