@@ -85,8 +85,16 @@ class Postprocess:
 @pipeline_def
 def _preprocess_pipeline(decoder: str, input_size: int):
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    # Without fancy upsampling the colours of a 4:2:0 JPEG differ visibly from what every viewer shows.
-    photo = fn.decoders.image(encoded, device=decoder, output_type=types.RGB, jpeg_fancy_upsampling=True)
+    photo = fn.decoders.image(
+        encoded,
+        device=decoder,
+        output_type=types.RGB,
+        # Without it the colours of a 4:2:0 JPEG differ visibly from what every viewer shows.
+        jpeg_fancy_upsampling=True,
+        # By default a batch is shared out between the GPU's hardware decoder, where it has one, and its cores, which
+        # round differently: a photo's pixels would depend on its company.
+        hw_decoder_load=1.0,
+    )
     small = fn.resize(photo, size=[input_size, input_size], interp_type=types.INTERP_LINEAR, dtype=types.FLOAT)
     image = fn.crop_mirror_normalize(
         small,
