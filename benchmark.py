@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import platform
 import random
 import signal
@@ -38,6 +39,7 @@ import tritonclient.grpc
 from PIL import Image
 
 from request import PhotoRequest
+from worker import INSTANCES, THREADS, Ready, pick_device
 
 ROOT = Path(__file__).parent
 SIZES = ((1281, 851), (640, 426), (1024, 683), (500, 375))
@@ -61,13 +63,15 @@ def photos() -> list[bytes]:
     return encoded
 
 
-def build_plain(_options: argparse.Namespace, device, _shutdown: object) -> tuple[list[Callable], str]:
-    """Return one callable that does it all in the simplest way."""
+@contextlib.contextmanager
+def plain(options: argparse.Namespace, _shutdown: object) -> Iterator[tuple[list[Callable], Ready]]:
+    """Yield one callable that does it all in the simplest way."""
     import torch
 
     from model_inference import CLASS_NAMES, build_module, load_weights
     from pipelines import Postprocess, Preprocess
 
+    device = pick_device(options.device)
     preprocess, postprocess = Preprocess(device, 224), Postprocess(device)
     network = build_module(load_weights("demo").state_dict).to(device)
 
@@ -80,13 +84,14 @@ def build_plain(_options: argparse.Namespace, device, _shutdown: object) -> tupl
         return [{name: np.asarray(batch.as_cpu()[0])[None] for name, batch in outputs.items()}]
 
     segment([argparse.Namespace(data={"image": np.frombuffer(photos()[0], np.uint8)[None]})])
-    return [segment], ""
+    yield [segment], Ready(device.type, 1, "")
 
 
-def build_ceiling(_options: argparse.Namespace, device, _shutdown: object) -> tuple[list[Callable], str]:
-    """Return as many callables as the server has, which only tell the photos apart, by their lengths."""
-    from server import INSTANCES
-
+@contextlib.contextmanager
+def ceiling(options: argparse.Namespace, _shutdown: object) -> Iterator[tuple[list[Callable], Ready]]:
+    """Yield as many callables as the server has, which only tell the photos apart, by their lengths."""
+    device = pick_device(options.device)
+    instances = INSTANCES[device.type]
     images = {
         len(encoded): np.zeros((1, height, width, 3), np.uint8)
         for encoded, (width, height) in zip(photos(), SIZES, strict=True)
@@ -96,7 +101,7 @@ def build_ceiling(_options: argparse.Namespace, device, _shutdown: object) -> tu
         image = images[requests[0].data["image"].size]
         return [dict.fromkeys(requests[0].requested_output_names, image)]
 
-    return [lambda requests: answer(requests) for _ in range(INSTANCES[device.type])], ""
+    yield [lambda requests: answer(requests) for _ in range(instances)], Ready(device.type, instances, "")
 
 
 def free_ports(count: int = 3) -> list[int]:
@@ -192,13 +197,12 @@ def summarise(rounds: list[tuple[list, float]]) -> dict:
 
 
 def measure_stages(device, batch_sizes: Sequence[int]) -> list[dict]:
-    """Return for each batch size the milliseconds of each stage a batch, and the photos/s of the server's workers."""
+    """Return for each batch size the milliseconds of each stage a batch, and the photos/s of the server's threads."""
     import torch
 
     from model_inference import CLASS_NAMES, GraphedNetwork, SegmentationNetwork, load_weights, pick_precision
     from pipelines import Postprocess, Preprocess
-    from segmentation import Segmenter
-    from server import WORKERS
+    from segmentation import HostMemory, Segmenter
 
     shared = SegmentationNetwork(load_weights("demo").state_dict, device, pick_precision("auto", device))
     person = CLASS_NAMES.index("person")
@@ -213,8 +217,14 @@ def measure_stages(device, batch_sizes: Sequence[int]) -> list[dict]:
             times.append(1000 * (time.perf_counter() - began))
         return statistics.median(times), result
 
-    def to_host(*batches: object) -> list:
-        return [torch.from_dlpack(image).to("cpu", non_blocking=True) for batch in batches for image in batch]
+    memories = [
+        [HostMemory(np.empty(6 * 1281 * 851, np.uint8), pin=device.type == "cuda") for _ in range(max(batch_sizes))]
+        for _ in range(THREADS[device.type])
+    ]
+
+    def to_host(originals: Sequence, segmented: Sequence) -> None:
+        for memory, *images in zip(memories[0], originals, segmented, strict=False):
+            memory.store({name: torch.from_dlpack(image) for name, image in zip(BOTH, images, strict=True)})
 
     rows = []
     for size in batch_sizes:
@@ -229,10 +239,13 @@ def measure_stages(device, batch_sizes: Sequence[int]) -> list[dict]:
         postprocess = Postprocess(device, size, threads)
         row["postprocess_ms"], segmented = milliseconds(postprocess, originals, wanted, [0.6] * size)
         row["to_host_ms"], _ = milliseconds(to_host, originals, segmented)
-        workers = [Segmenter(shared, 224, size) for _ in range(WORKERS[device.type])]
-        batch = [PhotoRequest(photo, person, 0.6, frozenset(BOTH)) for photo in encoded]
+        workers = [Segmenter(shared, 224, size) for _ in range(THREADS[device.type])]
+        batches = [
+            [PhotoRequest(photo, person, 0.6, BOTH, memory) for photo, memory in zip(encoded, own, strict=False)]
+            for own in memories
+        ]
         with ThreadPoolExecutor(len(workers)) as pool:
-            row["photos_per_s"] = sum(pool.map(partial(segment_for, 2.0, batch), workers))
+            row["photos_per_s"] = sum(pool.map(partial(segment_for, 2.0), batches, workers))
         rows.append(row)
     return rows
 
@@ -296,7 +309,7 @@ def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--device", default="auto", help="as server.py's")
+    add("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if there is one (default: auto)")
     add("--concurrency", type=int, nargs="+", help="photos in flight (default: 1 16 32 on a GPU, 1 4 8 without)")
     add("--rounds", type=int, default=3, help="how often each server is asked (default: 3)")
     add("--seconds", type=float, default=4, help="how long each time (default: 4)")
@@ -309,9 +322,9 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     """Start the servers, ask them in turn, print the tables and write the files."""
-    options = parse_options()
-    from server import pick_device
+    from server import HEAP
 
+    options = parse_options()
     device = pick_device(options.device)
     concurrencies = options.concurrency or DEFAULTS[device.type]["concurrency"]
     tasks = [(name, BOTH, concurrency) for concurrency in concurrencies for name in SERVERS]
@@ -319,6 +332,7 @@ def main() -> None:
     results: dict[tuple, list] = {task: [] for task in tasks}
     with contextlib.ExitStack() as stack:
         addresses = {name: stack.enter_context(running(name, str(device))) for name in SERVERS}
+        os.environ.update(HEAP)  # the load is to cost little; Triton's processes have it, too
         pool = stack.enter_context(ProcessPoolExecutor(max(concurrencies), mp_context=get_context("spawn")))
         for name in SERVERS:  # starts the processes, and lets each server see each size
             measure(pool, addresses[name], max(concurrencies), BOTH, 2)
@@ -348,7 +362,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         import server
 
-        build = {"plain": build_plain, "ceiling": build_ceiling}[sys.argv[2]]
+        build = {"plain": plain, "ceiling": ceiling}[sys.argv[2]]
         server.run(server.parse_options(sys.argv[3:]), build)
     else:
         main()

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 if TYPE_CHECKING:
-    from pytriton.proxy.types import Request
+    from segmentation import HostMemory
 
 # Pillow's own limit would answer before ours, and with a text of its own.
 Image.MAX_IMAGE_PIXELS = None
@@ -26,6 +27,9 @@ class RequestError(Exception):
     # "InvalidRequest: sentence", and tells nothing of the files on this machine.
     __traceback__ = None
     __module__ = "builtins"
+
+    def __reduce__(self):  # for pickle, which would look into that module
+        return _restore, (type(self).__name__, str(self))
 
 
 class InvalidRequest(RequestError):
@@ -40,14 +44,19 @@ class InferenceFailed(RequestError):
     __module__ = "builtins"
 
 
+def _restore(name: str, sentence: str) -> RequestError:
+    return globals()[name](sentence)
+
+
 @dataclass(frozen=True)
 class PhotoRequest:
-    """The bytes of a photo, uint8 ``[N]``, and what its client wants of it."""
+    """The bytes of a photo, uint8 ``[N]``, what its client wants of it, and where that has room."""
 
     encoded: np.ndarray
     class_index: int
     threshold: float
-    outputs: frozenset[str]
+    outputs: Sequence[str]
+    memory: HostMemory
 
 
 @dataclass(frozen=True)
@@ -59,27 +68,31 @@ class RequestReader:
     default_threshold: float
     max_pixels: int
 
-    def __call__(self, request: Request) -> PhotoRequest:
-        """Return what the client wants. Raises InvalidRequest."""
-        parameters = request.parameters or {}
-        encoded = request.data["image"][0]
+    def __call__(
+        self, encoded: np.ndarray, parameters: Mapping[str, object], outputs: Sequence[str], memory: HostMemory
+    ) -> PhotoRequest:
+        """Return what the client wants. Raises InvalidRequest.
+
+        ``parameters`` and ``outputs``: the request's parameters and the names of the outputs that it asks for.
+        """
         check_photo(encoded, self.max_pixels)
         return PhotoRequest(
-            encoded=encoded,
-            class_index=self._class_index(parameters.get("class_name", self.default_class_name)),
-            threshold=self._threshold(parameters.get("threshold", self.default_threshold)),
-            outputs=frozenset(request.requested_output_names),
+            encoded,
+            self._class_index(parameters.get("class_name", self.default_class_name)),
+            self._threshold(parameters.get("threshold", self.default_threshold)),
+            outputs,
+            memory,
         )
 
     def _class_index(self, class_name: object) -> int:
         if class_name not in self.class_names:
-            raise InvalidRequest(f"class_name {class_name!r} is none of {', '.join(self.class_names)}")
+            raise InvalidRequest(f"class_name {reprlib.repr(class_name)} is none of {', '.join(self.class_names)}")
         return self.class_names.index(class_name)
 
     def _threshold(self, threshold: object) -> float:
         is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         if not is_number or not 0 <= threshold <= 1:
-            raise InvalidRequest(f"threshold {threshold!r} is no number from 0 to 1")
+            raise InvalidRequest(f"threshold {reprlib.repr(threshold)} is no number from 0 to 1")
         return float(threshold)
 
 

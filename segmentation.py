@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from batching import lay_out
 from model_inference import GraphedNetwork, SegmentationNetwork
-from pipelines import Postprocess, Preprocess, TensorList
+from pipelines import Postprocess, Preprocess
 from request import PhotoRequest
 
 
@@ -25,7 +26,7 @@ class Segmenter:
             self._postprocess = Postprocess(device, max_batch_size, threads)
 
     def __call__(self, requests: Sequence[PhotoRequest]) -> list[dict[str, np.ndarray]]:
-        """Return the outputs that each request asks for, uint8 ``[H, W, 3]``.
+        """Return the outputs that each request asks for, uint8 ``[H, W, 3]``, in the memory of the request.
 
         Raises InvalidRequest where one of the photos cannot be decoded.
         """
@@ -37,15 +38,38 @@ class Segmenter:
                 wanted = torch.stack([probabilities[i, request.class_index] for i, request in enumerate(requests)])
                 outputs["segmented"] = self._postprocess(photos, wanted, [request.threshold for request in requests])
             answers = [
-                {name: _to_host(outputs[name], index) for name in request.outputs}
+                request.memory.store({name: torch.from_dlpack(outputs[name][index]) for name in request.outputs})
                 for index, request in enumerate(requests)
             ]
         # Up to here the GPU was only told what to do: this is the one time that the batch is waited for.
         if self._stream is not None:
             self._stream.synchronize()
-        return [{name: tensor.numpy() for name, tensor in answer.items()} for answer in answers]
+        return answers
 
 
-def _to_host(batch: TensorList, index: int) -> torch.Tensor:
-    # From a GPU this copies in the background, to pinned memory, which torch keeps for the next photo of that size.
-    return torch.from_dlpack(batch[index]).to("cpu", non_blocking=True)
+class HostMemory:
+    """Memory of the host that images are copied to, used again and again."""
+
+    def __init__(self, array: np.ndarray, pin: bool = False):
+        """``array``: the memory, uint8 ``[N]``. ``pin``: whether a GPU is to copy there in the background."""
+        self._array = array
+        self._pin = pin
+        self._pinned = 0
+
+    def store(self, images: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        """Copy images there, uint8 of any shape, on a GPU in the order of torch's current stream, and return them."""
+        size = sum(image.numel() for image in images.values())
+        if self._pin and size > self._pinned:
+            self._pin_at_least(size)
+        copies = lay_out(self._array, {name: image.shape for name, image in images.items()})
+        for name, image in images.items():
+            torch.from_numpy(copies[name]).copy_(image, non_blocking=True)
+        return copies
+
+    def _pin_at_least(self, size: int) -> None:
+        # As much as was ever needed, not all: pinned pages take memory, whether they are used or not.
+        cudart, pointer = torch.cuda.cudart(), self._array.ctypes.data
+        if self._pinned:
+            torch.cuda.check_error(cudart.cudaHostUnregister(pointer))
+        self._pinned = min(len(self._array), 1 << (size - 1).bit_length())
+        torch.cuda.check_error(cudart.cudaHostRegister(pointer, self._pinned, 0))

@@ -3,8 +3,8 @@
 
     python server.py [--help]
 
-:func:`serve` has the model contract and the life of the server, :func:`build_callables` puts the parts together, and
-:class:`InferenceCallable` is what PyTriton calls.
+:func:`serve` has the model contract and the life of the server, and :class:`InferenceCallable` is what PyTriton calls.
+The work itself is done by another process, which worker.py has.
 """
 
 import sys
@@ -39,27 +39,23 @@ from pytriton.proxy.types import Request
 from pytriton.triton import Triton, TritonConfig
 from tritonclient.http import InferenceServerClient
 
-from request import InferenceFailed, PhotoRequest, RequestError, RequestReader
-
-# torch, torchvision and DALI are imported where they are first needed: they take seconds, and a mistake on the command
-# line is to be answered at once.
+from batching import Channel, open_channels
+from request import InferenceFailed, InvalidRequest, RequestError
+from worker import INSTANCES, Ready, StartError, Worker, name_devices
 
 MODEL_NAME = "ResNet101"
-WARM_UP_PHOTO = Path(__file__).parent / "images" / "orig.jpg"
 # `docker stop` leaves 10 s. Photos in flight get 2 of them; then Triton waits as long for clients to close connections.
 DRAIN_S = 2
 
-# What needs no tuning, by the type of the device. Two workers on a GPU: while one batch is in the network, the next is
-# decoded and the one before copied to the host.
-INSTANCES = {"cuda": 16, "cpu": 1}
-MAX_BATCH_SIZE = {"cuda": 8, "cpu": 1}
-WORKERS = {"cuda": 2, "cpu": 1}
+# For the processes that Triton starts. Images stay on the heap, where by default each would be mapped, its pages zeroed
+# and unmapped again. 32 MiB is the most that glibc takes as the first of these.
+HEAP = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
 
 LOGGER = logging.getLogger("server")
-
-
-class StartError(Exception):
-    """The server cannot start, and the user can do something about it; the message is one line."""
 
 
 class TritonError(Exception):
@@ -71,6 +67,7 @@ class Shutdown:
 
     def __init__(self):
         self._exit_status = 0
+        self._begun = False
         self._refuse_from = math.inf
         self._in_flight = 0
         self._last_done = -math.inf
@@ -82,14 +79,17 @@ class Shutdown:
             signal.signal(number, lambda *_: sys.exit(self._exit_status))
 
     def ignore_signals(self) -> None:
-        """Let nothing disturb the shut-down that one has begun."""
+        """Let nothing disturb the shut-down, which has begun."""
+        self._begun = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 
-    def fail(self) -> None:
+    def fail(self, reason: str) -> None:
         """End the server with an exit status that makes a supervisor start it again. From any thread."""
-        self._exit_status = 1
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._begun:
+            LOGGER.critical(reason)
+            self._exit_status = 1
+            os.kill(os.getpid(), signal.SIGTERM)
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
@@ -120,104 +120,90 @@ class Shutdown:
 class InferenceCallable:
     """One instance of the model: PyTriton calls it in a thread of its own, with one request at a time."""
 
-    def __init__(
-        self,
-        read_request: RequestReader,
-        segment: Callable[[PhotoRequest], dict[str, np.ndarray]],
-        check_device: Callable[[], None],
-        shutdown: Shutdown,
-    ):
-        self._read_request = read_request
-        self._segment = segment
-        self._check_device = check_device
+    def __init__(self, channel: Channel, max_bytes: int, shutdown: Shutdown):
+        """``channel``: to the worker, for this instance alone; ``max_bytes``: what it carries of a photo."""
+        self._channel = channel
+        self._max_bytes = max_bytes
         self._shutdown = shutdown
 
     def __call__(self, requests: list[Request]) -> list[dict[str, np.ndarray]]:
-        """Return for each request the outputs that it asks for, uint8 ``[1, H, W, 3]``.
+        """Return for each request the outputs that it asks for, uint8 ``[1, H, W, 3]``, valid until the next call.
 
         Raises InvalidRequest or InferenceFailed, whose sentence goes to the client.
         """
         try:
             with self._shutdown.request():
-                outputs = [self._segment(self._read_request(request)) for request in requests]
+                answers = [self._segment(request) for request in requests]
         except RequestError as error:
             LOGGER.warning("refused a request: %s", error)
-            self._end_if_device_is_lost()
             raise
-        except Exception:
-            LOGGER.exception("a request failed")
-            self._end_if_device_is_lost()
-            raise InferenceFailed("the server failed at this photo and logged why: try again later") from None
-        return [{name: array[None] for name, array in images.items()} for images in outputs]
+        return [{name: array[None] for name, array in images.items()} for images in answers]
 
-    def _end_if_device_is_lost(self) -> None:
-        # After some CUDA errors every later call of the process fails, or worse: a decoder takes good photos for bad.
+    def _segment(self, request: Request) -> dict[str, np.ndarray]:
+        encoded = request.data["image"][0]
+        if encoded.size > self._max_bytes:
+            raise InvalidRequest(f"the photo has {encoded.size} bytes, this server takes {self._max_bytes} at most")
         try:
-            self._check_device()
-        except RuntimeError as error:
-            LOGGER.critical("the GPU is lost to this process, which ends: %s", str(error).splitlines()[0])
-            self._shutdown.fail()
+            return self._channel.call(encoded, (request.parameters or {}, request.requested_output_names))
+        except ValueError:
+            raise InvalidRequest("the request's parameters are too long") from None
+        except ConnectionError:
+            raise InferenceFailed("the server has lost its worker process and ends: try again later") from None
 
 
-def pick_device(choice: str):
-    """Return the torch.device for ``--device``. Raises StartError."""
-    import torch
+@contextlib.contextmanager
+def segmentation(options: argparse.Namespace, shutdown: Shutdown) -> Iterator[tuple[list[Callable], Ready]]:
+    """Start a worker for each device; yield a callable for each instance, and what the workers say of themselves.
 
-    # A driver too old for this torch counts devices, but has none available.
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = torch.device(choice if choice != "auto" else "cuda" if gpus else "cpu")
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise StartError(
-            f"--device {choice}: torch finds {gpus} CUDA devices here; see nvidia-smi and the driver's version"
-        )
-    LOGGER.info("device: %s", torch.cuda.get_device_name(device) if gpus and device.type == "cuda" else "CPU")
-    return device
-
-
-def build_callables(options: argparse.Namespace, device, shutdown: Shutdown) -> tuple[list[InferenceCallable], str]:
-    """Load the weights, build the stages and warm them up.
-
-    Returns an InferenceCallable for each instance, and a warning for the user or an empty string. Raises StartError.
+    Raises StartError.
     """
-    from model_inference import CLASS_NAMES, SegmentationNetwork, WeightsError, load_weights, pick_precision
-
-    if options.class_name not in CLASS_NAMES:
-        raise StartError(f"--class-name {options.class_name} is none of {', '.join(CLASS_NAMES)}")
+    # A file may be larger than its pixels alone: 16 bits a channel, transparency, other pictures inside.
+    max_bytes = 8 * options.max_pixels + (1 << 20)
+    max_instances = options.instances or max(INSTANCES.values())
+    workers: list[Worker] = []
     try:
-        weights = load_weights(options.weights)
-    except WeightsError as error:
-        raise StartError(f"--weights {options.weights}: {error}") from error
-    LOGGER.info("weights: %s", weights.source)
-
-    from batching import Batcher
-    from segmentation import Segmenter
-
-    instances = options.instances or INSTANCES[device.type]
-    max_batch_size = options.max_batch_size or MAX_BATCH_SIZE[device.type]
-    precision = pick_precision(options.precision, device)
-    LOGGER.info("warm-up: instances %d, photos a batch %d, precision %s", instances, max_batch_size, precision)
-    network = SegmentationNetwork(weights.state_dict, device, precision)
-    segmenters = [Segmenter(network, options.input_size, max_batch_size) for _ in range(WORKERS[device.type])]
-    encoded = np.fromfile(WARM_UP_PHOTO, np.uint8)
-    photo = PhotoRequest(encoded, class_index=0, threshold=0.5, outputs=frozenset({"original", "segmented"}))
-    for segmenter in segmenters:
-        for size in {1, max_batch_size}:
-            segmenter([photo] * size)
-    segment = Batcher(segmenters, max_batch_size)
-    read_request = RequestReader(CLASS_NAMES, options.class_name, options.threshold, options.max_pixels)
-    callables = [InferenceCallable(read_request, segment, network.check_device, shutdown) for _ in range(instances)]
-    return callables, weights.warning
+        for device in name_devices(options.device):
+            try:
+                channels = open_channels(max_instances, max_bytes, response_bytes=2 * 3 * options.max_pixels)
+            except (OSError, OverflowError) as error:
+                raise StartError(f"--max-pixels {options.max_pixels}: no memory for such photos ({error})") from error
+            workers.append(Worker(options, device, channels))
+        said = [worker.wait_until_ready() for worker in workers]
+        for worker in workers:
+            threading.Thread(target=fail_without, args=(worker, shutdown), daemon=True).start()
+        callables = [
+            InferenceCallable(channel, max_bytes, shutdown)
+            for worker, ready in zip(workers, said, strict=True)
+            for channel in worker.channels[: ready.instances]
+        ]
+        yield callables, said[0]
+    finally:
+        shutdown.ignore_signals()
+        for worker in workers:
+            worker.stop()
 
 
-def serve(options: argparse.Namespace, shutdown: Shutdown, build: Callable = build_callables) -> None:
+def fail_without(worker: Worker, shutdown: Shutdown) -> None:
+    """End the server when a worker has ended by itself."""
+    worker.wait_until_ended()
+    shutdown.fail("a worker has ended, and with it the server does")
+
+
+def serve(options: argparse.Namespace, shutdown: Shutdown, build: Callable = segmentation) -> None:
     """Serve until a signal ends the process. Raises StartError and TritonError.
 
     ``build``: makes the callables; ``benchmark.py`` has others, to compare with.
     """
     check_address(options)
     prepare_environment()
-    device = pick_device(options.device)
-    callables, warning = build(options, device, shutdown)
+    with build(options, shutdown) as (callables, ready):
+        serve_callables(callables, ready, options, shutdown)
+
+
+def serve_callables(
+    callables: Sequence[Callable], ready: Ready, options: argparse.Namespace, shutdown: Shutdown
+) -> None:
+    """Have Triton serve the model, an instance for each callable, until a signal ends the process."""
     config = TritonConfig(
         http_address=options.address,
         http_port=options.http_port,
@@ -225,7 +211,7 @@ def serve(options: argparse.Namespace, shutdown: Shutdown, build: Callable = bui
         grpc_port=options.grpc_port,
         metrics_address=options.address,
         metrics_port=options.metrics_port,
-        allow_gpu_metrics=device.type == "cuda",
+        allow_gpu_metrics=ready.device_type == "cuda",
         exit_timeout_secs=DRAIN_S,
         log_verbose=int(options.verbose),
         # Triton logs a page for each refused request, and PyTriton keeps all of that in memory.
@@ -252,8 +238,8 @@ def serve(options: argparse.Namespace, shutdown: Shutdown, build: Callable = bui
             lines = str(error).split("\nAt:\n")[0].strip().splitlines() or [type(error).__name__]
             raise TritonError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
         helpers = helper_processes()
-        if warning:
-            LOGGER.warning(warning)
+        if ready.warning:
+            LOGGER.warning(ready.warning)
         LOGGER.info(
             f"ready: model {MODEL_NAME} at http://{options.address}:{options.http_port} and "
             f"grpc://{options.address}:{options.grpc_port}, metrics at "
@@ -337,11 +323,8 @@ def prepare_environment() -> None:
                 f"Triton needs {library}, which this Python lacks: take one built with --enable-shared"
             ) from None
     os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, [*found, os.environ.get("LD_LIBRARY_PATH")]))
-    # Images stay on the heap: by default each would be mapped, its pages zeroed, and unmapped again. 32 MiB is the most
-    # that glibc takes as the first of these.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(512 << 20))
-    os.environ.setdefault("MALLOC_TOP_PAD_", str(64 << 20))
+    for name, value in HEAP.items():
+        os.environ.setdefault(name, value)
     # An instance waits for the interpreter's lock a few times a request, by default up to 5 ms each time.
     sys.setswitchinterval(0.0005)
 
@@ -361,7 +344,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add(
-        "--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one"
+        "--device",
+        type=devices,
+        default="auto",
+        help="cpu, cuda, cuda:N, several of them with commas between, all (GPUs), or auto: a GPU if there is one",
     )
     add(
         "--weights",
@@ -389,7 +375,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="of the network; auto: the fastest",
     )
-    add("--instances", type=bounded(int, 0, 64), default=0, help="requests in work at once; 0: 16 on a GPU, 1 without")
+    add(
+        "--instances",
+        type=bounded(int, 0, 64),
+        default=0,
+        help="requests in work at once on each device; 0: 16 on a GPU, 1 without",
+    )
     add(
         "--max-batch-size",
         type=bounded(int, 0, 64),
@@ -423,14 +414,14 @@ def bounded(kind: type, lowest: float, highest: float | None = None) -> Callable
     return parse
 
 
-def device_name(text: str) -> str:
-    """Check a device, as an argparse type: auto, cpu, cuda or cuda:N."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda and cuda:N")
+def devices(text: str) -> str:
+    """Check ``--device``, as an argparse type."""
+    if not re.fullmatch(r"auto|all|(cpu|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, all, cpu, cuda and cuda:N, or several with commas")
     return text
 
 
-def run(options: argparse.Namespace, build: Callable = build_callables) -> None:
+def run(options: argparse.Namespace, build: Callable = segmentation) -> None:
     """Run the server until it ends; see README.md for the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     LOGGER.setLevel(logging.INFO)

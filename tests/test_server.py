@@ -2,6 +2,7 @@
 """The command line of server.py: start-up, its failures, shut-down."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import (
@@ -55,7 +57,8 @@ def start_up_failure(*arguments: object, cwd: Path, environment: dict | None = N
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--device", "tpu"], "'tpu' is none of auto, cpu, cuda and cuda:N"),
+        (["--device", "tpu"], "'tpu' is none of auto, all, cpu, cuda and cuda:N"),
+        (["--device", "cpu,"], "'cpu,' is none of auto, all, cpu, cuda and cuda:N"),
         (["--device", "cuda:99"], "--device cuda:99: "),
         (["--class-name", "unicorn"], "--class-name unicorn is none of __background__, aeroplane"),
         (["--threshold", "1.5"], "'1.5' is no float from 0 to 1"),
@@ -77,8 +80,10 @@ def test_wrong_options_are_one_line_and_status_2(arguments, expected, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_cuda_without_a_gpu(tmp_path):
-    assert "--device cuda: " in start_up_failure("--device", "cuda", cwd=tmp_path)
+@pytest.mark.parametrize("device", ["cuda", "all"])
+def test_cuda_without_a_gpu(device, tmp_path):
+    said = start_up_failure("--device", device, cwd=tmp_path)
+    assert re.search(r"--device (cuda|all): torch finds (0|no) CUDA device", said)
 
 
 @pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--metrics-port"])
@@ -267,6 +272,49 @@ def test_triton_killed_ends_the_server_with_an_error(tmp_path):
         next(process for process in server.family() if process.name() == "tritonserver").kill()
         assert server.process.wait(timeout=30) == 1
         assert server.log.read_text().splitlines()[-1].startswith("server.py: Triton ended by itself")
+        assert server.left_behind() == []
+
+
+def workers(server: Server) -> list[psutil.Process]:
+    """Return the processes that have the network: forked, they bear the server's command line."""
+    process = psutil.Process(server.process.pid)
+    return [child for child in process.children() if child.cmdline() == process.cmdline()]
+
+
+def test_a_worker_killed_ends_the_server_with_an_error(tmp_path):
+    with running_server(tmp_path / "server.log", "--weights", "demo") as server, ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(ask_until_refused, server, "http") for _ in range(4)]
+        while server.metric("pending_request_count") + server.metric("request_success") < 4:
+            time.sleep(0.05)
+        workers(server)[0].kill()
+        assert server.process.wait(timeout=30) == 1
+        assert "CRITICAL server: a worker has ended" in server.log.read_text()
+        assert all(
+            re.search("lost its worker|is stopping|refused|closed|UNAVAILABLE|not ready|unknown", said)
+            for _, said in (client.result() for client in clients)
+        )
+        assert server.left_behind() == []
+
+
+def test_a_killed_server_takes_its_workers_along(tmp_path):
+    with running_server(tmp_path / "server.log", "--weights", "demo") as server:
+        orphans = workers(server)
+        server.process.kill()
+        assert orphans
+        assert psutil.wait_procs(orphans, timeout=10)[1] == []
+
+
+def test_several_devices(tmp_path):
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    arguments = ["--weights", "demo", "--instances", "1", "--device", f"{device},{device}"]
+    with running_server(tmp_path / "server.log", *arguments) as server, ThreadPoolExecutor(4) as pool:
+        assert len(workers(server)) == 2
+        before = [process.cpu_times().user for process in workers(server)]
+        for answer in pool.map(lambda _: Answers(server, "grpc")(PHOTO), range(4)):
+            assert answer["original"].shape == (1, *decode(PHOTO).shape)
+        after = [process.cpu_times().user for process in workers(server)]
+        assert all(late > early for early, late in zip(before, after, strict=True))
+        assert server.stop() == 0
         assert server.left_behind() == []
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each stage alone, without Triton, against an independent reference."""
 
-import threading
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,11 +14,11 @@ from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights, deeplab
 from torchvision.transforms import v2
 
 import model_inference
-from batching import Batcher
+from batching import FORK, Batcher, lay_out, open_channels
 from model_inference import SegmentationNetwork, load_weights, pick_precision
 from pipelines import Postprocess, Preprocess
 from request import InvalidRequest, PhotoRequest
-from segmentation import Segmenter
+from segmentation import HostMemory, Segmenter
 
 PRESET = DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1.transforms()
 
@@ -168,7 +168,11 @@ def segmenter(request) -> Segmenter:
 
 def ask(class_name: str, *size: tuple[int, int], outputs: tuple[str, ...] = ("original", "segmented")) -> PhotoRequest:
     encoded = as_array(encode(sample(class_name, *size), "JPEG", quality=90))
-    return PhotoRequest(encoded, model_inference.CLASS_NAMES.index(class_name), 0.6, frozenset(outputs))
+    return PhotoRequest(encoded, model_inference.CLASS_NAMES.index(class_name), 0.6, outputs, memory())
+
+
+def memory() -> HostMemory:
+    return HostMemory(np.empty(1281 * 851 * 6, np.uint8))
 
 
 def test_a_photos_answer_does_not_depend_on_its_company(segmenter):
@@ -185,6 +189,23 @@ def test_a_photos_answer_does_not_depend_on_its_company(segmenter):
         together = segmenter([*company[: size - 1], wanted])[-1]
         np.testing.assert_array_equal(together["original"], alone["original"])
         assert iou(together["segmented"].any(axis=2), alone["segmented"].any(axis=2)) > 0.995
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_masks_in_fp16_are_those_of_fp32(device):
+    device, state_dict = torch.device(device), load_weights("demo").state_dict
+    fast, exact = (Segmenter(SegmentationNetwork(state_dict, device, name), 224, 1) for name in ("fp16", "fp32"))
+    for class_name in SAMPLES:
+        (one,), (other,) = fast([ask(class_name)]), exact([ask(class_name)])
+        np.testing.assert_array_equal(one["original"], other["original"])
+        assert iou(one["segmented"].any(axis=2), other["segmented"].any(axis=2)) >= 0.99
+
+
+def test_weights_too_large_for_fp16_are_noticed():
+    state_dict = load_weights("demo").state_dict
+    state_dict["classifier.4.weight"] = state_dict["classifier.4.weight"] * 1e6
+    for precision, expected in (("fp16", True), ("fp32", False)):
+        assert SegmentationNetwork(state_dict, torch.device("cpu"), precision).overflows(224) is expected
 
 
 def test_answers_outlive_the_next_batches(segmenter):
@@ -204,50 +225,77 @@ def test_only_what_is_asked_for_is_made(segmenter, monkeypatch):
     assert set(answer) == {"original"}
 
 
-def test_one_bad_photo_in_a_batch_fails_alone(segmenter):
-    bad = PhotoRequest(as_array(encode(sample("cat"), "PNG")[:20_000]), 8, 0.6, frozenset({"original"}))
-    release = threading.Event()
+class Forked:
+    """A batcher in a process of its own, as the server has it, and a thread for each channel to call it with."""
 
-    def worker(requests):
+    def __init__(self, worker, count: int, max_batch_size: int, explain=lambda error: error):
+        self.channels = open_channels(count, 1000, 1000)
+        read = lambda _channel, array, message: (array.tobytes(), message)  # noqa: E731
+        batcher = Batcher(self.channels, read, [worker], explain, max_batch_size)
+        self.process = FORK.Process(target=batcher.run, daemon=True)
+        self.process.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.join()
+
+
+def test_one_at_fault_in_a_batch_fails_alone():
+    release = FORK.Event()
+
+    def worker(items):
         release.wait()  # until all of them wait: the first call takes one or two, the next all others
-        return segmenter(requests)
+        if any(message == "bad" for _, message in items):
+            raise InvalidRequest("this one is bad")
+        return [{} for _ in items]
 
-    segment = Batcher([worker], max_batch_size=8)
-    with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(segment, request) for request in (ask("cat"), bad, ask("person"), bad, ask("cat"))]
+    messages = ["good", "bad", "good", "bad", "good"]
+    with Forked(worker, len(messages), 8) as forked, ThreadPoolExecutor(len(messages)) as pool:
+        answers = [
+            pool.submit(channel.call, as_array(b"photo"), message)
+            for channel, message in zip(forked.channels, messages, strict=True)
+        ]
         release.set()
-    for index, answer in enumerate(answers):
-        if index in (1, 3):
-            with pytest.raises(InvalidRequest, match="cannot be decoded"):
-                answer.result()
-        else:
-            assert answer.result()["segmented"].any(axis=2).mean() > 0.3
+        for message, answer in zip(messages, answers, strict=True):
+            if message == "bad":
+                with pytest.raises(InvalidRequest, match="this one is bad"):
+                    answer.result()
+            else:
+                assert answer.result() == {}
 
 
 def test_batches_are_of_what_waits():
-    sizes, entered, release = [], threading.Event(), threading.Event()
+    entered, release, sizes = FORK.Event(), FORK.Event(), FORK.SimpleQueue()
 
     def worker(items):
         entered.set()
         release.wait()
-        sizes.append(len(items))
-        return [2 * item for item in items]
+        sizes.put(len(items))
+        return [lay_out(as_array(data).copy(), {"bytes": (len(data),)}) for data, _ in items]
 
-    double = Batcher([worker], max_batch_size=4)
-    with ThreadPoolExecutor(11) as pool:
-        first = pool.submit(double, 0)
+    with Forked(worker, 11, max_batch_size=4) as forked, ThreadPoolExecutor(11) as pool:
+        first = pool.submit(forked.channels[0].call, as_array(b"0"), None)
         entered.wait()
-        others = [pool.submit(double, item) for item in range(1, 11)]
-        while double._waiting.qsize() < 10:
+        others = [pool.submit(channel.call, as_array(b"1"), None) for channel in forked.channels[1:]]
+        while forked.channels[0].waiting.get_value() < 10:
             time.sleep(0.01)
         release.set()
-        assert [future.result() for future in [first, *others]] == list(range(0, 22, 2))
-    assert sizes == [1, 4, 4, 2]
+        assert [future.result()["bytes"].shape for future in [first, *others]] == [(1,)] * 11
+        assert [sizes.get() for _ in range(4)] == [1, 4, 4, 2]
 
 
-def test_a_worker_that_returns_too_little_fails_its_callers():
-    with pytest.raises(ValueError, match="zip"):
-        Batcher([lambda items: []], max_batch_size=4)("item")  # noqa: ARG005
+def test_a_worker_that_is_gone_fails_its_callers():
+    with Forked(lambda items: os._exit(1), 1, max_batch_size=1) as forked, ThreadPoolExecutor(1) as pool:  # noqa: ARG005
+        call = pool.submit(forked.channels[0].call, as_array(b"photo"), None)
+        forked.process.join()
+        forked.channels[0].break_off()
+        with pytest.raises(ConnectionError):
+            call.result()
+        with pytest.raises(ConnectionError):
+            forked.channels[0].call(as_array(b"photo"), None)
 
 
 def test_the_class_names_are_pascal_vocs():

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that has the network: builds the stages on a device, and answers what comes through its channels."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import Pipe, connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from batching import FORK, Batcher, Channel
+from request import InferenceFailed, PhotoRequest, RequestError, RequestReader
+
+if TYPE_CHECKING:
+    import torch
+
+    from model_inference import SegmentationNetwork
+
+# torch, torchvision and DALI are imported where they are needed, which is in this process alone: they take seconds, and
+# a mistake on the command line is to be answered at once.
+
+# What needs no tuning, by the type of the device. Two threads on a GPU: while one batch is in the network, the next is
+# decoded and the one before copied to the host.
+INSTANCES = {"cuda": 16, "cpu": 1}
+MAX_BATCH_SIZE = {"cuda": 8, "cpu": 1}
+THREADS = {"cuda": 2, "cpu": 1}
+
+LOGGER = logging.getLogger("server")
+WARM_UP_PHOTO = Path(__file__).parent / "images" / "orig.jpg"
+
+
+class StartError(Exception):
+    """The server cannot start, and the user can do something about it; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the worker found out: the type of its device, how many channels it serves, what to warn the user of."""
+
+    device_type: str
+    instances: int
+    warning: str
+
+
+class Worker:
+    """The process, as seen from the one that started it."""
+
+    def __init__(self, options: argparse.Namespace, device: str, channels: Sequence[Channel]):
+        """Fork the process, which is to happen before this one has threads.
+
+        ``options``: of the server's command line; ``device``: one of :func:`name_devices`.
+        """
+        self.channels = channels
+        self._status, worker_end = Pipe()
+        self._process = FORK.Process(target=_work, args=(options, device, channels, worker_end, self._status))
+        self._process.start()
+        worker_end.close()
+
+    def wait_until_ready(self) -> Ready:
+        """Return what it found out. Raises StartError."""
+        try:
+            status = self._status.recv()
+        except EOFError:
+            self._process.join()
+            raise StartError(f"the worker process ended at its start ({self.exit_code})") from None
+        if isinstance(status, StartError):
+            raise status
+        return status
+
+    def wait_until_ended(self) -> None:
+        """Return when the process has ended, and those that call it were told. From any thread."""
+        connection.wait([self._process.sentinel])
+        for channel in self.channels:
+            channel.break_off()
+
+    @property
+    def exit_code(self) -> str:
+        """Say how the process ended."""
+        code = self._process.exitcode
+        return f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+
+
+def _work(
+    options: argparse.Namespace,
+    device: str,
+    channels: Sequence[Channel],
+    status: connection.Connection,
+    server_end: connection.Connection,
+) -> None:
+    """Be the process. It ends by ``os._exit``: Python's own way out would wait for the batcher's threads."""
+    # The server says when it is over: Ctrl-C in a terminal reaches this process, too, which has photos to finish.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    server_end.close()
+    threading.Thread(target=_end_with_the_server, args=(status,), daemon=True).start()
+    try:
+        batcher, ready = _build(options, pick_device(device), channels)
+        status.send(ready)
+        batcher.run()
+    except StartError as error:
+        status.send(error)
+    except BaseException:
+        LOGGER.exception("the worker failed")
+    os._exit(1)
+
+
+def _end_with_the_server(status: connection.Connection) -> None:
+    # Where the server was killed, its end of the pipe is closed without a word.
+    with contextlib.suppress(EOFError):
+        status.recv()
+    os._exit(0)
+
+
+def _build(options: argparse.Namespace, device: torch.device, channels: Sequence[Channel]) -> tuple[Batcher, Ready]:
+    """Load the weights, build the stages and warm them up. Raises StartError."""
+    from model_inference import CLASS_NAMES, SegmentationNetwork, WeightsError, load_weights, pick_precision
+
+    if options.class_name not in CLASS_NAMES:
+        raise StartError(f"--class-name {options.class_name} is none of {', '.join(CLASS_NAMES)}")
+    try:
+        weights = load_weights(options.weights)
+    except WeightsError as error:
+        raise StartError(f"--weights {options.weights}: {error}") from error
+    LOGGER.info("weights: %s", weights.source)
+
+    from segmentation import HostMemory, Segmenter
+
+    instances = options.instances or INSTANCES[device.type]
+    max_batch_size = options.max_batch_size or MAX_BATCH_SIZE[device.type]
+    precision = pick_precision(options.precision, device)
+    LOGGER.info("warm-up: instances %d, photos a batch %d, precision %s", instances, max_batch_size, precision)
+    network = SegmentationNetwork(weights.state_dict, device, precision)
+    if precision == "fp16" and network.overflows(options.input_size):
+        if options.precision != "auto":
+            raise StartError("--precision fp16: these weights are too large for it; take bf16, fp32 or auto")
+        LOGGER.warning("the weights are too large for fp16: precision fp32, which is slower; try --precision bf16")
+        network = SegmentationNetwork(weights.state_dict, device, "fp32")
+    segmenters = [Segmenter(network, options.input_size, max_batch_size) for _ in range(THREADS[device.type])]
+    # The first run of each stage chooses kernels and asks for memory.
+    encoded, room = np.fromfile(WARM_UP_PHOTO, np.uint8), HostMemory(np.empty(8 << 20, np.uint8))
+    photo = PhotoRequest(encoded, 0, 0.5, ("original", "segmented"), room)
+    for segmenter in segmenters:
+        for size in {1, max_batch_size}:
+            segmenter([photo] * size)
+
+    memories = {channel: HostMemory(channel.response, pin=device.type == "cuda") for channel in channels[:instances]}
+    read_request = RequestReader(CLASS_NAMES, options.class_name, options.threshold, options.max_pixels)
+
+    def read(channel: Channel, encoded: np.ndarray, message: tuple) -> PhotoRequest:
+        return read_request(encoded, *message, memories[channel])
+
+    def explain(error: Exception) -> RequestError:
+        _end_if_device_is_lost(network)
+        if isinstance(error, RequestError):
+            return error
+        LOGGER.error("a request failed", exc_info=error)
+        return InferenceFailed("the server failed at this photo and logged why: try again later")
+
+    batcher = Batcher(list(memories), read, segmenters, explain, max_batch_size)
+    return batcher, Ready(device.type, instances, weights.warning)
+
+
+def _end_if_device_is_lost(network: SegmentationNetwork) -> None:
+    # After some CUDA errors every later call of the process fails, or worse: a decoder takes good photos for bad.
+    try:
+        network.check_device()
+    except RuntimeError as error:
+        LOGGER.critical("the GPU is lost to this process, which ends: %s", str(error).splitlines()[0])
+        os._exit(1)
+
+
+def name_devices(choice: str) -> list[str]:
+    """Return the devices that ``--device`` means, one for each worker. Raises StartError."""
+    if choice != "all":
+        return choice.split(",")
+    with FORK.Pool(1) as pool:  # in another process: CUDA would not survive the fork of the workers
+        gpus = pool.apply(_count_gpus)
+    if not gpus:
+        raise StartError("--device all: torch finds no CUDA device here; see nvidia-smi and the driver's version")
+    return [f"cuda:{index}" for index in range(gpus)]
+
+
+def pick_device(choice: str) -> torch.device:
+    """Return the torch.device for one device of ``--device``. Raises StartError."""
+    import torch
+
+    gpus = _count_gpus()
+    device = torch.device(choice if choice != "auto" else "cuda" if gpus else "cpu")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise StartError(
+            f"--device {choice}: torch finds {gpus} CUDA devices here; see nvidia-smi and the driver's version"
+        )
+    LOGGER.info("device: %s", torch.cuda.get_device_name(device) if gpus and device.type == "cuda" else "CPU")
+    return device
+
+
+def _count_gpus() -> int:
+    import torch
+
+    # A driver too old for this torch counts devices, but has none available.
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
