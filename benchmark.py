@@ -84,7 +84,7 @@ def plain(options: argparse.Namespace, _shutdown: object) -> Iterator[tuple[list
         return [{name: np.asarray(batch.as_cpu()[0])[None] for name, batch in outputs.items()}]
 
     segment([argparse.Namespace(data={"image": np.frombuffer(photos()[0], np.uint8)[None]})])
-    yield [segment], Ready(device.type, 1, "")
+    yield [segment], Ready(device.type, 1)
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ def ceiling(options: argparse.Namespace, _shutdown: object) -> Iterator[tuple[li
         image = images[requests[0].data["image"].size]
         return [dict.fromkeys(requests[0].requested_output_names, image)]
 
-    yield [lambda requests: answer(requests) for _ in range(instances)], Ready(device.type, instances, "")
+    yield [lambda requests: answer(requests) for _ in range(instances)], Ready(device.type, instances)
 
 
 def free_ports(count: int = 3) -> list[int]:

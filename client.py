@@ -112,6 +112,8 @@ class Connection:
 def sentence(error: Exception) -> str:
     """Return the line of an error that says what was wrong: PyTriton wraps the server's into tracebacks."""
     text = str(error).split("\nAt:\n")[0].strip() or type(error).__name__
+    if "Exceeds maximum queue size" in text:
+        return "the server is busy, and as many as it lets wait do so: send the photo again later"
     found = re.search(r"(InvalidRequest|InferenceFailed): (.*)", text)
     return found[2] if found else text.splitlines()[-1]
 

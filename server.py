@@ -3,8 +3,8 @@
 
     python server.py [--help]
 
-:func:`serve` has the model contract and the life of the server, and :class:`InferenceCallable` is what PyTriton calls.
-The work itself is done by another process, which worker.py has.
+:func:`serve_callables` has the model contract and the life of the server, :class:`InferenceCallable` is what PyTriton
+calls. The work itself is done by another process: see worker.py.
 """
 
 import sys
@@ -23,21 +23,22 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
 import psutil
-from pytriton.client.auth import create_auth_headers
-from pytriton.model_config import ModelConfig, Tensor
+from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
+from pytriton.model_config.common import QueuePolicy, TimeoutAction
 from pytriton.proxy.types import Request
 from pytriton.triton import Triton, TritonConfig
-from tritonclient.http import InferenceServerClient
 
 from batching import Channel, open_channels
 from request import InferenceFailed, InvalidRequest, RequestError
@@ -46,6 +47,10 @@ from worker import INSTANCES, Ready, StartError, Worker, name_devices
 MODEL_NAME = "ResNet101"
 # `docker stop` leaves 10 s. Photos in flight get 2 of them; then Triton waits as long for clients to close connections.
 DRAIN_S = 2
+
+# Photos that wait, by the type of the device: what is answered within seconds.
+MAX_QUEUE = {"cuda": 512, "cpu": 12}
+MAX_WAIT_S = 60
 
 # For the processes that Triton starts. Images stay on the heap, where by default each would be mapped, its pages zeroed
 # and unmapped again. 32 MiB is the most that glibc takes as the first of these.
@@ -162,12 +167,14 @@ def segmentation(options: argparse.Namespace, shutdown: Shutdown) -> Iterator[tu
     max_instances = options.instances or max(INSTANCES.values())
     workers: list[Worker] = []
     try:
-        for device in name_devices(options.device):
+        devices = name_devices(options.device)
+        shm_bytes = shutil.disk_usage("/dev/shm").free // len(devices)
+        for device in devices:
             try:
                 channels = open_channels(max_instances, max_bytes, response_bytes=2 * 3 * options.max_pixels)
             except (OSError, OverflowError) as error:
                 raise StartError(f"--max-pixels {options.max_pixels}: no memory for such photos ({error})") from error
-            workers.append(Worker(options, device, channels))
+            workers.append(Worker(options, device, channels, shm_bytes))
         said = [worker.wait_until_ready() for worker in workers]
         for worker in workers:
             threading.Thread(target=fail_without, args=(worker, shutdown), daemon=True).start()
@@ -228,8 +235,19 @@ def serve_callables(
                 Tensor(name="original", dtype=np.uint8, shape=(-1, -1, 3)),
                 Tensor(name="segmented", dtype=np.uint8, shape=(-1, -1, 3)),
             ],
-            # Photos differ in size, and a Triton batch is one dense array: each request travels alone.
-            config=ModelConfig(max_batch_size=1),
+            config=ModelConfig(
+                # Photos differ in size, and a Triton batch is one dense array: each request travels alone.
+                max_batch_size=1,
+                batcher=DynamicBatcher(
+                    default_queue_policy=QueuePolicy(
+                        max_queue_size=options.max_queue or MAX_QUEUE[ready.device_type],
+                        # A request's own timeout counts where it is shorter.
+                        default_timeout_microseconds=MAX_WAIT_S * 1_000_000,
+                        allow_timeout_override=True,
+                        timeout_action=TimeoutAction.REJECT,
+                    )
+                ),
+            ),
         )
         try:
             triton.run()
@@ -238,8 +256,9 @@ def serve_callables(
             lines = str(error).split("\nAt:\n")[0].strip().splitlines() or [type(error).__name__]
             raise TritonError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
         helpers = helper_processes()
-        if ready.warning:
-            LOGGER.warning(ready.warning)
+        threading.Thread(target=fail_without_helpers, args=(helpers, triton, shutdown), daemon=True).start()
+        for warning in ready.warnings:
+            LOGGER.warning(warning)
         LOGGER.info(
             f"ready: model {MODEL_NAME} at http://{options.address}:{options.http_port} and "
             f"grpc://{options.address}:{options.grpc_port}, metrics at "
@@ -249,23 +268,20 @@ def serve_callables(
         raise TritonError("Triton ended by itself; --verbose shows its log")
     except SystemExit:
         shutdown.ignore_signals()
-        refuse_new_requests(triton, options)
         shutdown.drain()
         raise
     finally:
+        shutdown.ignore_signals()
         # PyTriton prints what comes from Triton's processes: from here on, how their resource trackers clear up.
         with contextlib.redirect_stdout(sys.stdout if options.verbose else io.StringIO()):
             clean_up(triton, helpers)
 
 
-def refuse_new_requests(triton: Triton, options: argparse.Namespace) -> None:
-    """Have Triton unload the model: it refuses what comes now, and answers what it has taken."""
-    address = "127.0.0.1" if options.address == "0.0.0.0" else options.address
-    try:
-        with InferenceServerClient(f"{address}:{options.http_port}", network_timeout=1, connection_timeout=1) as client:
-            client.unload_model(MODEL_NAME, headers=create_auth_headers(triton.get_access_token(), "http"))
-    except Exception as error:  # not started yet, ended already, or stopping because it saw the terminal's Ctrl-C, too
-        LOGGER.debug("the model was not unloaded: %s", error)
+def fail_without_helpers(helpers: Sequence[psutil.Process], triton: Triton, shutdown: Shutdown) -> None:
+    """End the server when one of Triton's helpers has ended: the one that Triton starts instead finds no memory."""
+    connection.wait([os.pidfd_open(helper.pid) for helper in helpers])
+    if triton.is_alive():
+        shutdown.fail("one of Triton's helper processes has ended, and with it the server does")
 
 
 def helper_processes() -> list[psutil.Process]:
@@ -276,12 +292,17 @@ def helper_processes() -> list[psutil.Process]:
 def clean_up(triton: Triton, helpers: Sequence[psutil.Process]) -> None:
     """Stop Triton, and what it leaves behind where it was killed or ran out of time."""
     helpers = {*helpers, *helper_processes()}
-    # Triton takes 2 s to end each stub process, one after the other, and they have nothing left to do.
+    # Its own time-out does not cover all that it waits for.
+    tritonserver = [child for child in psutil.Process().children() if child.name() == "tritonserver"]
+    killer = threading.Timer(2 * DRAIN_S, lambda: [process.kill() for process in tritonserver])
+    killer.start()
+    triton.stop()
+    killer.cancel()
+    # First the stub processes: of the others some clear up when those are gone.
     for helper in helpers:
         with contextlib.suppress(psutil.NoSuchProcess):
             if helper.name().startswith("triton_python"):
                 helper.kill()
-    triton.stop()
     for helper in psutil.wait_procs(helpers, timeout=1)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             helper.kill()
@@ -345,7 +366,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--device",
-        type=devices,
+        type=device_names,
         default="auto",
         help="cpu, cuda, cuda:N, several of them with commas between, all (GPUs), or auto: a GPU if there is one",
     )
@@ -387,6 +408,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=0,
         help="of these, the most that go through the network together; 0: 8 on a GPU, 1 without",
     )
+    add(
+        "--max-queue",
+        type=bounded(int, 0),
+        default=0,
+        help="requests that may wait for an instance, the next are refused at once; 0: 512 on a GPU, 12 without",
+    )
     add("--address", default="127.0.0.1", help="IPv4 address or name to listen on; 0.0.0.0 for all addresses")
     add("--http-port", type=bounded(int, 1, 65535), default=8000, help="port for HTTP")
     add("--grpc-port", type=bounded(int, 1, 65535), default=8001, help="port for gRPC")
@@ -414,7 +441,7 @@ def bounded(kind: type, lowest: float, highest: float | None = None) -> Callable
     return parse
 
 
-def devices(text: str) -> str:
+def device_names(text: str) -> str:
     """Check ``--device``, as an argparse type."""
     if not re.fullmatch(r"auto|all|(cpu|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, all, cpu, cuda and cuda:N, or several with commas")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -34,6 +35,12 @@ INSTANCES = {"cuda": 16, "cpu": 1}
 MAX_BATCH_SIZE = {"cuda": 8, "cpu": 1}
 THREADS = {"cuda": 2, "cpu": 1}
 
+# What PyTriton and Triton need of /dev/shm, and die of a bus error without: for an instance what Triton's pool has from
+# the start, for a pixel up to 12 bytes in PyTriton's store and 9 in that pool. Measured with photos that grow, after
+# which both keep room that they cannot use any more.
+SHM_BYTES_PER_INSTANCE = 5_000_000
+SHM_BYTES_PER_PIXEL = 21
+
 LOGGER = logging.getLogger("server")
 WARM_UP_PHOTO = Path(__file__).parent / "images" / "orig.jpg"
 
@@ -48,20 +55,22 @@ class Ready:
 
     device_type: str
     instances: int
-    warning: str
+    warnings: Sequence[str] = ()
 
 
 class Worker:
     """The process, as seen from the one that started it."""
 
-    def __init__(self, options: argparse.Namespace, device: str, channels: Sequence[Channel]):
+    def __init__(self, options: argparse.Namespace, device: str, channels: Sequence[Channel], shm_bytes: int):
         """Fork the process, which is to happen before this one has threads.
 
-        ``options``: of the server's command line; ``device``: one of :func:`name_devices`.
+        ``options``: of the server's command line; ``device``: one of :func:`name_devices`; ``shm_bytes``: what of
+        /dev/shm is for its photos.
         """
         self.channels = channels
         self._status, worker_end = Pipe()
-        self._process = FORK.Process(target=_work, args=(options, device, channels, worker_end, self._status))
+        arguments = options, device, channels, shm_bytes, worker_end, self._status
+        self._process = FORK.Process(target=_work, args=arguments)
         self._process.start()
         worker_end.close()
 
@@ -98,6 +107,7 @@ def _work(
     options: argparse.Namespace,
     device: str,
     channels: Sequence[Channel],
+    shm_bytes: int,
     status: connection.Connection,
     server_end: connection.Connection,
 ) -> None:
@@ -108,7 +118,7 @@ def _work(
     server_end.close()
     threading.Thread(target=_end_with_the_server, args=(status,), daemon=True).start()
     try:
-        batcher, ready = _build(options, pick_device(device), channels)
+        batcher, ready = _build(options, pick_device(device), channels, shm_bytes)
         status.send(ready)
         batcher.run()
     except StartError as error:
@@ -125,7 +135,9 @@ def _end_with_the_server(status: connection.Connection) -> None:
     os._exit(0)
 
 
-def _build(options: argparse.Namespace, device: torch.device, channels: Sequence[Channel]) -> tuple[Batcher, Ready]:
+def _build(
+    options: argparse.Namespace, device: torch.device, channels: Sequence[Channel], shm_bytes: int
+) -> tuple[Batcher, Ready]:
     """Load the weights, build the stages and warm them up. Raises StartError."""
     from model_inference import CLASS_NAMES, SegmentationNetwork, WeightsError, load_weights, pick_precision
 
@@ -139,7 +151,9 @@ def _build(options: argparse.Namespace, device: torch.device, channels: Sequence
 
     from segmentation import HostMemory, Segmenter
 
-    instances = options.instances or INSTANCES[device.type]
+    instances, max_pixels, shm_warning = fit_shared_memory(
+        options.instances or INSTANCES[device.type], options.max_pixels, shm_bytes
+    )
     max_batch_size = options.max_batch_size or MAX_BATCH_SIZE[device.type]
     precision = pick_precision(options.precision, device)
     LOGGER.info("warm-up: instances %d, photos a batch %d, precision %s", instances, max_batch_size, precision)
@@ -158,7 +172,7 @@ def _build(options: argparse.Namespace, device: torch.device, channels: Sequence
             segmenter([photo] * size)
 
     memories = {channel: HostMemory(channel.response, pin=device.type == "cuda") for channel in channels[:instances]}
-    read_request = RequestReader(CLASS_NAMES, options.class_name, options.threshold, options.max_pixels)
+    read_request = RequestReader(CLASS_NAMES, options.class_name, options.threshold, max_pixels)
 
     def read(channel: Channel, encoded: np.ndarray, message: tuple) -> PhotoRequest:
         return read_request(encoded, *message, memories[channel])
@@ -171,7 +185,29 @@ def _build(options: argparse.Namespace, device: torch.device, channels: Sequence
         return InferenceFailed("the server failed at this photo and logged why: try again later")
 
     batcher = Batcher(list(memories), read, segmenters, explain, max_batch_size)
-    return batcher, Ready(device.type, instances, weights.warning)
+    return batcher, Ready(device.type, instances, tuple(filter(None, (shm_warning, weights.warning))))
+
+
+def fit_shared_memory(instances: int, max_pixels: int, free: int) -> tuple[int, int, str]:
+    """Return how many instances, and photos of how many pixels, /dev/shm has room for, and a warning or nothing.
+
+    ``instances``, ``max_pixels``: what is wanted; ``free``: the room in bytes. Raises StartError.
+    """
+    needed = instances * (SHM_BYTES_PER_INSTANCE + max_pixels * SHM_BYTES_PER_PIXEL)
+    if needed <= free:
+        return instances, max_pixels, ""
+    # Few instances that take photos of a million pixels are of more use than many that do not.
+    enough = SHM_BYTES_PER_INSTANCE + min(max_pixels, 1_000_000) * SHM_BYTES_PER_PIXEL
+    instances = max(1, min(instances, free // enough))
+    max_pixels = min(max_pixels, (free // instances - SHM_BYTES_PER_INSTANCE) // SHM_BYTES_PER_PIXEL)
+    cure = f"docker run --shm-size {math.ceil(needed / 1e9)}gb, or a larger /dev/shm"
+    if max_pixels <= 0:
+        raise StartError(f"/dev/shm has no room for any photo: {cure}")
+    warning = (
+        f"SHARED MEMORY: /dev/shm has {free / 1e6:,.0f} MB free, not {needed / 1e6:,.0f}: photos of more than "
+        f"{max_pixels:,} pixels are refused, instances {instances}; cure: {cure}"
+    )
+    return instances, max_pixels, warning
 
 
 def _end_if_device_is_lost(network: SegmentationNetwork) -> None:

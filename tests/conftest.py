@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,12 @@ class Server:
     """``python server.py`` on free ports, its log in a file."""
 
     def __init__(
-        self, log: Path, *arguments: str, environment: dict[str, str] | None = None, script: Path = ROOT / "server.py"
+        self,
+        log: Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        script: Path = ROOT / "server.py",
+        prefix: Sequence[str] = (),
     ):
         self.http_port, self.grpc_port, self.metrics_port = free_ports()
         self.http_url, self.grpc_url = f"http://127.0.0.1:{self.http_port}", f"grpc://127.0.0.1:{self.grpc_port}"
@@ -55,7 +60,7 @@ class Server:
         self.began = time.monotonic()
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, str(script), *map(str, ports), *arguments],
+                [*prefix, sys.executable, str(script), *map(str, ports), *arguments],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=log.parent,
@@ -140,13 +145,17 @@ class Answers:
         self.client = self.triton.InferenceServerClient(f"127.0.0.1:{port}")
 
     def __call__(
-        self, encoded: bytes, outputs: tuple[str, ...] = ("original", "segmented"), **parameters: object
+        self,
+        encoded: bytes,
+        outputs: tuple[str, ...] = ("original", "segmented"),
+        timeout_us: int | None = None,
+        **parameters: object,
     ) -> dict:
         photo = np.frombuffer(encoded, np.uint8)[None]
         image = self.triton.InferInput("image", photo.shape, "UINT8")
         image.set_data_from_numpy(photo)
         wanted = [self.triton.InferRequestedOutput(name) for name in outputs] or None
-        result = self.client.infer(MODEL_NAME, [image], outputs=wanted, parameters=parameters)
+        result = self.client.infer(MODEL_NAME, [image], outputs=wanted, parameters=parameters, timeout=timeout_us)
         arrays = {name: result.as_numpy(name) for name in ("original", "segmented")}
         return {name: array for name, array in arrays.items() if array is not None}
 

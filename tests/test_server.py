@@ -219,7 +219,7 @@ def test_shut_down_under_load(how, tmp_path):
     # More photos than can be finished: the rest is told so, nothing hangs, and the clients' connections stay open.
     with running_server(tmp_path / "server.log", "--weights", "demo") as server, ThreadPoolExecutor(40) as pool:
         clients = [pool.submit(ask_until_refused, server, protocol) for protocol in ("http", "grpc") * 20]
-        while server.metric("pending_request_count") + server.metric("request_success") < 30:
+        while server.metric("pending_request_count") + server.metric("request_success") < 10:
             time.sleep(0.05)
         began = time.monotonic()
         if how == "Ctrl-C in a terminal":  # which Triton gets, too
@@ -293,6 +293,14 @@ def test_a_worker_killed_ends_the_server_with_an_error(tmp_path):
             re.search("lost its worker|is stopping|refused|closed|UNAVAILABLE|not ready|unknown", said)
             for _, said in (client.result() for client in clients)
         )
+        assert server.left_behind() == []
+
+
+def test_a_helper_of_triton_killed_ends_the_server_with_an_error(tmp_path):
+    with running_server(tmp_path / "server.log", "--weights", "demo") as server:
+        next(process for process in server.family() if process.name().startswith("triton_python")).kill()
+        assert server.process.wait(timeout=30) == 1
+        assert "CRITICAL server: one of Triton's helper processes has ended" in server.log.read_text()
         assert server.left_behind() == []
 
 
