@@ -18,8 +18,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0 to 1: what torchvision's we
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # nvImageCodec's statuses that blame the file: invalid parameter, bad or unsupported code stream, as seen by the codec
-# or by one of its extensions. The others are of memory, of CUDA and of the library itself.
-DECODING_ERROR = re.compile(r"Failed to decode|nvImageCodec failure: '#(2|3|4|9|13|17|19)'")
+# or by one of its extensions. The others are of memory, of CUDA and of the library itself. And what its parsers say of
+# some damaged headers.
+DECODING_ERROR = re.compile(r"Failed to decode|Invalid sample_type|nvImageCodec failure: '#(2|3|4|9|13|17|19)'")
 
 TensorList = TensorListCPU | TensorListGPU
 

@@ -25,8 +25,8 @@ class RequestError(Exception):
 
     # PyTriton sends the client the exception as Python prints it. With neither traceback nor module that is the line
     # "InvalidRequest: sentence", and tells nothing of the files on this machine.
-    __traceback__ = None
     __module__ = "builtins"
+    __traceback__ = property(lambda _self: None, lambda _self, _traceback: None)  # contextlib sets it
 
     def __reduce__(self):  # for pickle, which would look into that module
         return _restore, (type(self).__name__, str(self))

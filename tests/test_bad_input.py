@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SAMPLES, Answers, decode, encode, psnr, sentence
+from conftest import ROOT, SAMPLES, Answers, decode, encode, psnr, sentence
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -47,6 +47,7 @@ BAD_PHOTOS = {
 def refusal(segment: Answers, encoded: bytes, **parameters: object) -> str:
     with pytest.raises(InferenceServerException) as error:
         segment(encoded, **parameters)
+    assert str(ROOT) not in str(error.value)  # nothing of where our files are
     return sentence(error.value)
 
 

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged photos: each gets the right answer or a clean error, and the server goes on.
+
+A few hundred of them; FUZZ=20000 in the environment for as many as one likes.
+"""
+
+import os
+import random
+import re
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import pytest
+from conftest import ROOT, SAMPLES, Answers, Server, decode, encode, running_server, sentence
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+COUNT = int(os.environ.get("FUZZ", "400"))
+PHOTO = Image.open(SAMPLES["cat"][0]).resize((120, 80))
+KINDS = {
+    "JPEG": encode(PHOTO, "JPEG", quality=80),
+    "progressive JPEG": encode(PHOTO, "JPEG", progressive=True, subsampling="4:4:4"),
+    "PNG": encode(PHOTO, "PNG"),
+    "palette PNG": encode(PHOTO.convert("P"), "PNG"),
+    "WebP": encode(PHOTO, "WEBP"),
+    "lossless WebP": encode(PHOTO, "WEBP", lossless=True),
+    "BMP": encode(PHOTO, "BMP"),
+}
+
+
+def damage(encoded: bytes, dice: random.Random) -> bytes:
+    """Return the photo with one to three kinds of damage."""
+    data = bytearray(encoded)
+    for _ in range(dice.randint(1, 3)):
+        at = dice.randrange(min(dice.choice((100, len(data), len(data))), len(data)))  # headers are hit more often
+        how = dice.choice(("flip", "noise", "cut", "remove", "repeat", "splice"))
+        if how == "flip":
+            data[at] ^= 1 << dice.randrange(8)
+        elif how == "noise":
+            data[at : at + 8] = dice.randbytes(8)
+        elif how == "cut":
+            del data[max(1, len(data) - dice.randrange(len(data))) :]
+        elif how == "remove":
+            del data[at : at + dice.randrange(1, 32)]
+        elif how == "repeat":
+            data[at:at] = data[at : at + dice.randrange(1, 256)]
+        else:
+            other = KINDS[dice.choice(list(KINDS))]
+            data[: at + 1] = other[: at + 1]
+        if len(data) < 2:
+            break
+    return bytes(data) or b"x"
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory):
+    with running_server(tmp_path_factory.mktemp("fuzz") / "server.log", "--weights", "demo") as server:
+        yield server
+
+
+def memory(server: Server) -> int:
+    """Return the bytes that the processes of the server have, those that they share counted once."""
+    return sum(process.memory_full_info().pss for process in server.family())
+
+
+@pytest.mark.timeout(120 + COUNT // 20)
+def test_damaged_photos(fuzzed: Server):
+    def send(chunk: range) -> list[str]:
+        clients, outcomes = {protocol: Answers(fuzzed, protocol) for protocol in ("http", "grpc")}, []
+        for number in chunk:
+            dice = random.Random(number)
+            data = damage(KINDS[dice.choice(list(KINDS))], dice)
+            try:
+                # Without the network, which damage does not reach.
+                answer = clients[dice.choice(("http", "grpc"))](data, outputs=("original",))["original"]
+            except InferenceServerException as error:
+                clean = "InvalidRequest: " in str(error) and str(ROOT) not in str(error)
+                outcomes.append(re.sub(r"\d+", "N", sentence(error)) if clean else f"NOT CLEAN, {number}: {error}")
+            else:
+                try:
+                    expected = decode(data).shape
+                except Exception:
+                    expected = None  # Pillow gave up on what DALI made something of
+                right = expected is None or answer.shape == (1, *expected)
+                outcomes.append("answered" if right else f"NOT RIGHT, {number}: {answer.shape}, not {expected}")
+        return outcomes
+
+    before = memory(fuzzed)
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(chain.from_iterable(pool.map(send, (range(start, COUNT, 4) for start in range(4)))))
+    for outcome in sorted(set(outcomes)):
+        print(f"{outcomes.count(outcome):6d} {outcome}")  # see it with pytest -rP
+    grown = memory(fuzzed) - before
+    print(f"the server's memory grew by {grown / 1e6:.0f} MB")
+    # tritonserver keeps 1.4 KB of each failed request; the rest is that heaps fill up, once.
+    assert grown < 50e6 + 3000 * COUNT
+    assert len(outcomes) == COUNT
+    assert not [outcome for outcome in outcomes if outcome.startswith("NOT")]
+    assert fuzzed.process.poll() is None
+    log = fuzzed.log.read_text()
+    assert "Traceback" not in log
+    whole = KINDS["PNG"]
+    assert (Answers(fuzzed, "http")(whole)["original"][0] == decode(whole)).all()
