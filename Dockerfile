@@ -6,11 +6,20 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \
     PYTHONUNBUFFERED=1
 
+# Whoever runs the container, the server has no rights in it. torch's download cache is in its home: mount a volume there.
+RUN useradd --create-home --uid 1000 app && install -d -o app /app /home/app/.cache/torch
 WORKDIR /app
 
 # The packages first: a change of the code does not install them again. The wheels bring CUDA with them.
 COPY requirements.txt ./
 RUN pip install --no-cache-dir -r requirements.txt
+
+USER 1000
+
+# docker build --build-arg WEIGHTS=pretrained: with torchvision's weights in the image, for machines without a network.
+ARG WEIGHTS=
+RUN if [ "$WEIGHTS" = pretrained ]; then python -c "from torchvision.models.segmentation import \
+    DeepLabV3_ResNet101_Weights as W; W.COCO_WITH_VOC_LABELS_V1.get_state_dict(progress=False, check_hash=True)"; fi
 
 COPY *.py ./
 COPY images images
