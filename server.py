@@ -335,7 +335,7 @@ def prepare_environment() -> None:
     # Triton's Python backend loads libpython by the loader's path, and has to find the one of this interpreter.
     library = f"libpython3.{sys.version_info.minor}.so.1.0"
     folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib"]
-    found = [folder for folder in folders if folder and Path(folder, library).exists()]
+    found = [folder for folder in folders if folder and os.access(f"{folder}/{library}", os.R_OK)]
     if not found:
         try:
             ctypes.CDLL(library)
