@@ -7,7 +7,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     PYTHONUNBUFFERED=1
 
 # Whoever runs the container, the server has no rights in it. torch's download cache is in its home: mount a volume there.
-RUN useradd --create-home --uid 1000 app && install -d -o app /app /home/app/.cache/torch
+RUN useradd --create-home --uid 1000 app && install -d -o app /app /home/app/.cache /home/app/.cache/torch
 WORKDIR /app
 
 # The packages first: a change of the code does not install them again. The wheels bring CUDA with them.

@@ -225,7 +225,10 @@ def serve_callables(
         log_file=None if options.verbose else os.devnull,
     )
     helpers: list[psutil.Process] = []
-    triton = Triton(config=config)
+    try:
+        triton = Triton(config=config)
+    except OSError as error:
+        raise StartError(f"PyTriton cannot make its workspace: {error}; PYTRITON_HOME names another place") from error
     try:
         triton.bind(
             model_name=MODEL_NAME,

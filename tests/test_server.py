@@ -125,6 +125,13 @@ def test_broken_weights(content, expected, tmp_path):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_no_room_for_the_workspace(tmp_path):
+    environment = {"PYTRITON_HOME": "/proc/nowhere"}
+    done = run_script("server.py", "--weights", "demo", "--device", "cpu", cwd=tmp_path, environment=environment)
+    assert done.returncode == 2
+    assert "server.py: PyTriton cannot make its workspace: " in done.stderr.splitlines()[-1]
+
+
 def test_broken_weights_on_the_command_line(tmp_path):
     state_dict = load_weights("demo").state_dict
     del state_dict["backbone.conv1.weight"]
