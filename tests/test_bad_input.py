@@ -3,11 +3,12 @@
 
 import struct
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SAMPLES, Answers, decode, encode, psnr, sentence
+from conftest import ROOT, SAMPLES, Answers, decode, encode, psnr, running_server, sentence
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -126,3 +127,16 @@ def test_the_log_has_one_line_for_each_refused_request(server, segment_http):
     refusal(segment_http, PHOTO[:50_000])
     lines = server.log.read_text().splitlines()[before:]
     assert len([line for line in lines if "refused a request" in line]) == len(lines) == 2
+
+
+def test_a_bad_photo_costs_its_company_nothing(tmp_path):
+    bad, good = encode(PICTURE, "PNG")[:20_000], PHOTO
+    options = "--weights demo --device cpu --instances 2 --max-batch-size 2"
+    with running_server(tmp_path / "server.log", *options.split()) as server, ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(Answers(server, "grpc"), photo) for photo in (good, bad, good, bad, good, bad)]
+        for index, answer in enumerate(answers):
+            if index % 2:
+                with pytest.raises(InferenceServerException, match="InvalidRequest: the photo cannot be decoded"):
+                    answer.result()
+            else:
+                assert answer.result()["segmented"].any(axis=3).mean() > 0.3

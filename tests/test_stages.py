@@ -230,8 +230,7 @@ class Forked:
 
     def __init__(self, worker, count: int, max_batch_size: int, explain=lambda error: error):
         self.channels = open_channels(count, 1000, 1000)
-        read = lambda _channel, array, message: (array.tobytes(), message)  # noqa: E731
-        batcher = Batcher(self.channels, read, [worker], explain, max_batch_size)
+        batcher = Batcher(self.channels, lambda *item: item, [worker], explain, max_batch_size)
         self.process = FORK.Process(target=batcher.run, daemon=True)
         self.process.start()
 
@@ -248,7 +247,7 @@ def test_one_at_fault_in_a_batch_fails_alone():
 
     def worker(items):
         release.wait()  # until all of them wait: the first call takes one or two, the next all others
-        if any(message == "bad" for _, message in items):
+        if any(message == "bad" for _, _, message in items):
             raise InvalidRequest("this one is bad")
         return [{} for _ in items]
 
@@ -274,17 +273,34 @@ def test_batches_are_of_what_waits():
         entered.set()
         release.wait()
         sizes.put(len(items))
-        return [lay_out(as_array(data).copy(), {"bytes": (len(data),)}) for data, _ in items]
+        answers = [lay_out(channel.response, {"doubled": array.shape}) for channel, array, _ in items]
+        for answer, (_, array, _) in zip(answers, items, strict=True):
+            answer["doubled"][:] = 2 * array
+        return answers
 
     with Forked(worker, 11, max_batch_size=4) as forked, ThreadPoolExecutor(11) as pool:
-        first = pool.submit(forked.channels[0].call, as_array(b"0"), None)
+        requests = [np.array([number], np.uint8) for number in range(11)]
+        first = pool.submit(forked.channels[0].call, requests[0], None)
         entered.wait()
-        others = [pool.submit(channel.call, as_array(b"1"), None) for channel in forked.channels[1:]]
+        others = [
+            pool.submit(channel.call, request, None)
+            for channel, request in zip(forked.channels[1:], requests[1:], strict=True)
+        ]
         while forked.channels[0].waiting.get_value() < 10:
             time.sleep(0.01)
         release.set()
-        assert [future.result()["bytes"].shape for future in [first, *others]] == [(1,)] * 11
+        assert [future.result()["doubled"].tolist() for future in [first, *others]] == [[2 * n] for n in range(11)]
         assert [sizes.get() for _ in range(4)] == [1, 4, 4, 2]
+
+
+def test_a_worker_that_returns_too_little_is_an_error_of_the_batcher():
+    with Forked(lambda items: [], 1, max_batch_size=4) as forked, ThreadPoolExecutor(1) as pool:  # noqa: ARG005
+        call = pool.submit(forked.channels[0].call, as_array(b"photo"), None)
+        forked.process.join(10)
+        assert forked.process.exitcode == 1
+        forked.channels[0].break_off()
+        with pytest.raises(ConnectionError):
+            call.result()
 
 
 def test_a_worker_that_is_gone_fails_its_callers():
