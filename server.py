@@ -29,7 +29,7 @@ import socket
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import connection
 from pathlib import Path
 
@@ -52,6 +52,11 @@ DRAIN_S = 2
 MAX_QUEUE = {"cuda": 512, "cpu": 12}
 MAX_WAIT_S = 60
 
+# The instances ask the first of them, through a socket, where their memory is. On a busy machine they may do so when it
+# has a name but nobody listens yet, or not find it within the second that PyTriton gives them.
+MISSED = re.compile("ConnectionRefusedError|waiting for config file")
+START_ATTEMPTS = 5
+
 # For the processes that Triton starts. Images stay on the heap, where by default each would be mapped, its pages zeroed
 # and unmapped again. 32 MiB is the most that glibc takes as the first of these.
 HEAP = {
@@ -67,12 +72,17 @@ class TritonError(Exception):
     """Triton did not start or ended by itself; the message is one line."""
 
 
+class InstancesMissedEachOther(TritonError):
+    """A start that may go well the next time."""
+
+
 class Shutdown:
     """Ends the server on a signal or a fatal error: photos in flight are finished for a while, later ones refused."""
 
     def __init__(self):
         self._exit_status = 0
         self._begun = False
+        self._undisturbed = False
         self._refuse_from = math.inf
         self._in_flight = 0
         self._last_done = -math.inf
@@ -81,13 +91,27 @@ class Shutdown:
     def handle_signals(self) -> None:
         """Have SIGINT and SIGTERM leave whatever the main thread does, by way of an exception."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: sys.exit(self._exit_status))
+            signal.signal(number, self._on_signal)
 
-    def ignore_signals(self) -> None:
-        """Let nothing disturb the shut-down, which has begun."""
+    def _on_signal(self, *_: object) -> None:
         self._begun = True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        if not self._undisturbed:
+            sys.exit(self._exit_status)
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Have signals wait until the end of the block."""
+        self._undisturbed = True
+        try:
+            yield
+        finally:
+            self._undisturbed = False
+        if self._begun:
+            sys.exit(self._exit_status)
+
+    def begin(self) -> None:
+        """Let nothing disturb what is left to do, nor be reported: the server ends."""
+        self._begun = self._undisturbed = True
 
     def fail(self, reason: str) -> None:
         """End the server with an exit status that makes a supervisor start it again. From any thread."""
@@ -185,7 +209,7 @@ def segmentation(options: argparse.Namespace, shutdown: Shutdown) -> Iterator[tu
         ]
         yield callables, said[0]
     finally:
-        shutdown.ignore_signals()
+        shutdown.begin()
         for worker in workers:
             worker.stop()
 
@@ -211,6 +235,29 @@ def serve_callables(
     callables: Sequence[Callable], ready: Ready, options: argparse.Namespace, shutdown: Shutdown
 ) -> None:
     """Have Triton serve the model, an instance for each callable, until a signal ends the process."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            with running_triton(callables, ready, options, shutdown) as triton:
+                for warning in ready.warnings:
+                    LOGGER.warning(warning)
+                LOGGER.info(
+                    f"ready: model {MODEL_NAME} at http://{options.address}:{options.http_port} and "
+                    f"grpc://{options.address}:{options.grpc_port}, metrics at "
+                    f"http://{options.address}:{options.metrics_port}/metrics"
+                )
+                triton.serve(monitoring_period_s=1)
+                raise TritonError("Triton ended by itself; --verbose shows its log")
+        except InstancesMissedEachOther as error:
+            if attempt == START_ATTEMPTS - 1:
+                raise
+            LOGGER.warning("%s; trying again", error)
+
+
+@contextlib.contextmanager
+def running_triton(
+    callables: Sequence[Callable], ready: Ready, options: argparse.Namespace, shutdown: Shutdown
+) -> Iterator[Triton]:
+    """Start Triton with the model bound to it; afterwards finish the photos in flight and leave nothing behind."""
     config = TritonConfig(
         http_address=options.address,
         http_port=options.http_port,
@@ -257,26 +304,18 @@ def serve_callables(
         except Exception as error:
             # An exception in one of Triton's stub processes comes with a traceback around the line that counts.
             lines = str(error).split("\nAt:\n")[0].strip().splitlines() or [type(error).__name__]
-            raise TritonError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
+            kind = InstancesMissedEachOther if MISSED.search(lines[-1]) else TritonError
+            raise kind(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
         helpers = helper_processes()
         threading.Thread(target=fail_without_helpers, args=(helpers, triton, shutdown), daemon=True).start()
-        for warning in ready.warnings:
-            LOGGER.warning(warning)
-        LOGGER.info(
-            f"ready: model {MODEL_NAME} at http://{options.address}:{options.http_port} and "
-            f"grpc://{options.address}:{options.grpc_port}, metrics at "
-            f"http://{options.address}:{options.metrics_port}/metrics"
-        )
-        triton.serve(monitoring_period_s=1)
-        raise TritonError("Triton ended by itself; --verbose shows its log")
+        yield triton
     except SystemExit:
-        shutdown.ignore_signals()
-        shutdown.drain()
+        with shutdown.undisturbed():
+            shutdown.drain()
         raise
     finally:
-        shutdown.ignore_signals()
         # PyTriton prints what comes from Triton's processes: from here on, how their resource trackers clear up.
-        with contextlib.redirect_stdout(sys.stdout if options.verbose else io.StringIO()):
+        with shutdown.undisturbed(), contextlib.redirect_stdout(sys.stdout if options.verbose else io.StringIO()):
             clean_up(triton, helpers)
 
 
@@ -297,20 +336,23 @@ def clean_up(triton: Triton, helpers: Sequence[psutil.Process]) -> None:
     helpers = {*helpers, *helper_processes()}
     # Its own time-out does not cover all that it waits for.
     tritonserver = [child for child in psutil.Process().children() if child.name() == "tritonserver"]
-    killer = threading.Timer(2 * DRAIN_S, lambda: [process.kill() for process in tritonserver])
+    killer = threading.Timer(2 * DRAIN_S, kill, args=[tritonserver])
     killer.start()
     triton.stop()
     killer.cancel()
     # First the stub processes: of the others some clear up when those are gone.
-    for helper in helpers:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if helper.name().startswith("triton_python"):
-                helper.kill()
-    for helper in psutil.wait_procs(helpers, timeout=1)[1]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            helper.kill()
+    kill(helpers, "triton_python")
+    kill(psutil.wait_procs(helpers, timeout=1)[1])
     for segment in Path("/dev/shm").glob(f"pytrtion{os.getpid()}-*"):  # PyTriton's spelling
         segment.unlink(missing_ok=True)
+
+
+def kill(processes: Iterable[psutil.Process], name: str = "") -> None:
+    """Kill those of the processes that are still there and whose name begins like this."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith(name):
+                process.kill()
 
 
 def check_address(options: argparse.Namespace) -> None:
@@ -403,13 +445,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--instances",
         type=bounded(int, 0, 64),
         default=0,
-        help="requests in work at once on each device; 0: 16 on a GPU, 1 without",
+        help="requests in work at once on each device; 0: 12 on a GPU, 1 without",
     )
     add(
         "--max-batch-size",
         type=bounded(int, 0, 64),
         default=0,
-        help="of these, the most that go through the network together; 0: 8 on a GPU, 1 without",
+        help="of these, the most that go through the network together; 0: 4 on a GPU, 1 without",
     )
     add(
         "--max-queue",
