@@ -16,6 +16,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 if TYPE_CHECKING:
     from segmentation import HostMemory
 
+# Of a progressive JPEG. Encoders write 10 or so; each takes a few bytes and makes the decoder go through all pixels.
+MAX_SCANS = 64
+
 # Pillow's own limit would answer before ours, and with a text of its own.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -113,10 +116,19 @@ def check_photo(encoded: np.ndarray, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise InvalidRequest(
             f"the photo has {width} x {height} pixels, more than the {max_pixels} that this server takes: "
-            "make it smaller or start the server with a larger --max-pixels"
+            "make it smaller, or have the server started with a larger --max-pixels and shared memory for it"
         )
+    if is_jpeg:
+        _check_picture_of_jpeg(data, header_end)
+
+
+def _check_picture_of_jpeg(data: bytes, header_end: int) -> None:
     # nvJPEG decodes what is there of a truncated file and leaves the rest of the picture grey, without a word. In the
     # picture itself, behind the header, the end marker cannot occur. In the header may be previews with end markers of
     # their own, and after the picture anything, as phones append second pictures and films.
-    if is_jpeg and data.find(b"\xff\xd9", header_end) < 0:
+    end = data.find(b"\xff\xd9", header_end)
+    if end < 0:
         raise InvalidRequest("the photo is truncated, its end is missing: send the whole file")
+    scans = 1 + data.count(b"\xff\xda", header_end, end)
+    if scans > MAX_SCANS:
+        raise InvalidRequest(f"the photo has {scans} scans, more than {MAX_SCANS}: save it as a baseline JPEG")

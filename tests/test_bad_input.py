@@ -3,6 +3,8 @@
 
 import struct
 import urllib.request
+import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +29,28 @@ MPO = encode(PICTURE, "MPO", save_all=True, append_images=[PICTURE.resize((99, 9
 PREVIEW = b"Exif\0\0" + encode(PICTURE.resize((99, 99)), "JPEG")
 WITH_PREVIEW = MPO[:2] + b"\xff\xe1" + struct.pack(">H", len(PREVIEW) + 2) + PREVIEW + MPO[2:]
 
+# Little to send and much to unpack: a chunk of a PNG of 200 MB, and a scan of a JPEG again and again.
+PNG, PROGRESSIVE = encode(PICTURE, "PNG"), encode(PICTURE, "JPEG", progressive=True)
+ZEROS = zlib.compress(bytes(200_000_000), 1)
+LAST_SCAN = PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2]
+
+
+def with_chunk(png: bytes, kind: bytes, data: bytes) -> bytes:
+    """Return the PNG with a chunk behind its first, the header."""
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return png[:33] + chunk + png[33:]
+
+
+def with_segments(jpeg: bytes, marker: int, contents: Iterable[bytes]) -> bytes:
+    """Return the JPEG with segments before all others."""
+    segments = [bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data for data in contents]
+    return b"".join([jpeg[:2], *segments, jpeg[2:]])
+
+
 BAD_PHOTOS = {
+    "a PNG whose text unpacks to 200 MB": (with_chunk(PNG, b"zTXt", b"Comment\0\0" + ZEROS), "header is damaged"),
+    "a PNG whose profile unpacks to 200 MB": (with_chunk(PNG, b"iCCP", b"icc\0\0" + ZEROS), "header is damaged"),
+    "a JPEG of 1,010 scans": (PROGRESSIVE[:-2] + 1000 * LAST_SCAN + b"\xff\xd9", "has 1010 scans, more than 64"),
     "random bytes": (np.random.default_rng(0).bytes(5000), "of no known kind"),
     "a truncated JPEG": (PHOTO[:50_000], "truncated"),
     "a JPEG without its last byte": (PHOTO[:-1], "truncated"),
@@ -64,6 +87,26 @@ def test_bad_photos(segment, kind):
     assert said.startswith("InvalidRequest: the photo")
     assert expected in said
     assert_serves(segment)
+
+
+LARGE_BUT_GOOD = {
+    "a JPEG with a profile of 13 MB": with_segments(
+        PHOTO, 0xE2, (b"ICC_PROFILE\0" + bytes([number, 200]) + bytes(65_000) for number in range(1, 201))
+    ),
+    "a JPEG with EXIF data of 1 MB": with_segments(PHOTO, 0xE1, [b"Exif\0\0" + bytes(65_000)] * 16),
+    "a JPEG with 10,000 comments": with_segments(PHOTO, 0xFE, [b"comment"] * 10_000),
+    "a JPEG with 20 scans": PROGRESSIVE[:-2] + 10 * LAST_SCAN + b"\xff\xd9",
+    "a PNG of 100,000 x 1": encode(PICTURE.resize((100_000, 1)), "PNG"),
+    "a PNG of 1 x 100,000": encode(PICTURE.resize((1, 100_000)), "PNG"),
+    "a JPEG of 65,500 x 1": encode(PICTURE.resize((65_500, 1)), "JPEG"),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE_BUT_GOOD)
+def test_large_headers_and_long_photos_are_answered(segment_http, kind):
+    answer, expected = segment_http(LARGE_BUT_GOOD[kind]), decode(LARGE_BUT_GOOD[kind])
+    assert psnr(answer["original"][0], expected) > 30
+    assert answer["segmented"].shape == (1, *expected.shape)
 
 
 def test_empty_body(segment):
