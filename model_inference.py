@@ -279,4 +279,5 @@ def _checked(state_dict: dict, source: str) -> dict[str, torch.Tensor]:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    # torch's errors go on with advice to programmers.
+    return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0][:200]

@@ -92,8 +92,8 @@ def _preprocess_pipeline(decoder: str, input_size: int):
         output_type=types.RGB,
         # Without it the colours of a 4:2:0 JPEG differ visibly from what every viewer shows.
         jpeg_fancy_upsampling=True,
-        # By default a batch is shared out between the GPU's hardware decoder, where it has one, and its cores, which
-        # round differently: a photo's pixels would depend on its company.
+        # By default a batch is shared out between the GPU's hardware decoders, where it has any, and its cores, which
+        # round differently: a photo's pixels would depend on its company. See MAX_BATCH_SIZE in worker.py, too.
         hw_decoder_load=1.0,
     )
     small = fn.resize(photo, size=[input_size, input_size], interp_type=types.INTERP_LINEAR, dtype=types.FLOAT)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.cuda import nvtx
 
 from batching import lay_out
 from model_inference import GraphedNetwork, SegmentationNetwork
@@ -31,19 +32,25 @@ class Segmenter:
         Raises InvalidRequest where one of the photos cannot be decoded.
         """
         with torch.cuda.stream(self._stream):
-            photos, images = self._preprocess([request.encoded for request in requests])
+            with nvtx.range("preprocess"):
+                photos, images = self._preprocess([request.encoded for request in requests])
             outputs = {"original": photos}
             if any("segmented" in request.outputs for request in requests):
-                probabilities = self._network(images)
-                wanted = torch.stack([probabilities[i, request.class_index] for i, request in enumerate(requests)])
-                outputs["segmented"] = self._postprocess(photos, wanted, [request.threshold for request in requests])
-            answers = [
-                request.memory.store({name: torch.from_dlpack(outputs[name][index]) for name in request.outputs})
-                for index, request in enumerate(requests)
-            ]
+                with nvtx.range("network"):
+                    probabilities = self._network(images)
+                with nvtx.range("postprocess"):
+                    wanted = torch.stack([probabilities[i, request.class_index] for i, request in enumerate(requests)])
+                    thresholds = [request.threshold for request in requests]
+                    outputs["segmented"] = self._postprocess(photos, wanted, thresholds)
+            with nvtx.range("to host"):
+                answers = [
+                    request.memory.store({name: torch.from_dlpack(outputs[name][index]) for name in request.outputs})
+                    for index, request in enumerate(requests)
+                ]
         # Up to here the GPU was only told what to do: this is the one time that the batch is waited for.
         if self._stream is not None:
-            self._stream.synchronize()
+            with nvtx.range("wait"):
+                self._stream.synchronize()
         return answers
 
 

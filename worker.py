@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 # torch, torchvision and DALI are imported where they are needed, which is in this process alone: they take seconds, and
 # a mistake on the command line is to be answered at once.
 
-# What needs no tuning, by the type of the device. Two threads on a GPU: while one batch is in the network, the next is
-# decoded and the one before copied to the host.
-INSTANCES = {"cuda": 16, "cpu": 1}
-MAX_BATCH_SIZE = {"cuda": 8, "cpu": 1}
+# What needs no tuning, by the type of the device. Instances: more of them compete for server.py's interpreter lock.
+# Batches: with more photos than the GPU has hardware decoders (4 to 7, where it has any) DALI decodes some in another
+# way, which rounds differently: their pixels would depend on their company. Two threads on a GPU: while one batch is in
+# the network, the next is decoded and the one before copied to the host.
+INSTANCES = {"cuda": 12, "cpu": 1}
+MAX_BATCH_SIZE = {"cuda": 4, "cpu": 1}
 THREADS = {"cuda": 2, "cpu": 1}
 
 # What PyTriton and Triton need of /dev/shm, and die of a bus error without: for an instance what Triton's pool has from

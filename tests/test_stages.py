@@ -19,6 +19,7 @@ from model_inference import SegmentationNetwork, load_weights, pick_precision
 from pipelines import Postprocess, Preprocess
 from request import InvalidRequest, PhotoRequest
 from segmentation import HostMemory, Segmenter
+from worker import MAX_BATCH_SIZE
 
 PRESET = DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1.transforms()
 
@@ -163,7 +164,7 @@ def test_network_is_torchvisions_through_its_own_cache(device, tmp_path, monkeyp
 def segmenter(request) -> Segmenter:
     device = torch.device(request.param)
     network = SegmentationNetwork(load_weights("demo").state_dict, device, pick_precision("auto", device))
-    return Segmenter(network, 224, 8)
+    return Segmenter(network, 224, MAX_BATCH_SIZE["cuda"])
 
 
 def ask(class_name: str, *size: tuple[int, int], outputs: tuple[str, ...] = ("original", "segmented")) -> PhotoRequest:
@@ -176,16 +177,10 @@ def memory() -> HostMemory:
 
 
 def test_a_photos_answer_does_not_depend_on_its_company(segmenter):
-    company = [
-        ask("cat"),
-        ask("person", (1281, 851)),
-        ask("person", (20, 30)),
-        ask("cat", (640, 426)),
-        ask("cat", (1, 1)),
-    ]
+    company = [ask("cat"), ask("person", (1281, 851)), ask("person", (20, 30))]
     wanted = ask("person")
     (alone,) = segmenter([wanted])
-    for size in (2, 3, 5, 6):
+    for size in (2, 3, 4):
         together = segmenter([*company[: size - 1], wanted])[-1]
         np.testing.assert_array_equal(together["original"], alone["original"])
         assert iou(together["segmented"].any(axis=2), alone["segmented"].any(axis=2)) > 0.995
