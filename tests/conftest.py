@@ -96,6 +96,11 @@ class Server:
                     processes.append(process)
         return processes
 
+    def workers(self) -> list[psutil.Process]:
+        """Return the processes that have the network: forked, they bear the server's command line."""
+        process = psutil.Process(self.process.pid)
+        return [child for child in process.children() if child.cmdline() == process.cmdline()]
+
     def left_behind(self) -> list[str]:
         """Return what a stopped server left: processes, shared memory, files in its workspace."""
         psutil.wait_procs(self.family(), timeout=2)  # Python's resource trackers end after what they track
@@ -149,13 +154,17 @@ class Answers:
         encoded: bytes,
         outputs: tuple[str, ...] = ("original", "segmented"),
         timeout_us: int | None = None,
+        client_timeout: float | None = None,
         **parameters: object,
     ) -> dict:
         photo = np.frombuffer(encoded, np.uint8)[None]
         image = self.triton.InferInput("image", photo.shape, "UINT8")
         image.set_data_from_numpy(photo)
         wanted = [self.triton.InferRequestedOutput(name) for name in outputs] or None
-        result = self.client.infer(MODEL_NAME, [image], outputs=wanted, parameters=parameters, timeout=timeout_us)
+        patience = {} if client_timeout is None else {"client_timeout": client_timeout}  # of gRPC alone, in seconds
+        result = self.client.infer(
+            MODEL_NAME, [image], outputs=wanted, parameters=parameters, timeout=timeout_us, **patience
+        )
         arrays = {name: result.as_numpy(name) for name in ("original", "segmented")}
         return {name: array for name, array in arrays.items() if array is not None}
 
@@ -170,6 +179,37 @@ def segment(server: Server, request: pytest.FixtureRequest) -> Answers:
 def segment_http(server: Server) -> Answers:
     """Send a photo over HTTP alone, where the protocol makes no difference."""
     return Answers(server, "http")
+
+
+def http_request(photo: bytes) -> bytes:
+    """Return what goes over the wire for a photo, in the simplest form that Triton takes."""
+    head = (
+        f"POST /v2/models/{MODEL_NAME}/infer HTTP/1.1\r\nHost: test\r\nContent-Length: {len(photo)}\r\n"
+        "Inference-Header-Content-Length: 0\r\n\r\n"
+    )
+    return head.encode() + photo
+
+
+def ask_until_refused(server: Server, protocol: str, photo: bytes) -> tuple[int, str]:
+    """Send photos until one is not answered; return how many were and what was said of the last."""
+    segment, good = Answers(server, protocol), 0
+    while True:
+        try:
+            answer = segment(photo)
+        except Exception as error:
+            return good, str(error)
+        assert answer["original"].shape == (1, *decode(photo).shape)
+        good += 1
+
+
+def with_disk(path: str, size: str) -> list[str]:
+    """Return what to put before a command to run it with a file system of its own at a path."""
+    mount = f'mount -t tmpfs -o size={size} tmpfs "{path}" && exec "$@"'
+    prefix = ["unshare", "-rm", "sh", "-c", mount, "sh"]
+    environment = os.environ | {"PYTRITON_HOME": "/mnt"}
+    if subprocess.run([*prefix, "true"], env=environment, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    return prefix
 
 
 def run_client(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:

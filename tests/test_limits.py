@@ -2,29 +2,20 @@
 """What the server does where there is too much of something or too little."""
 
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import SAMPLES, Answers, Server, encode, run_client, running_server
+from conftest import SAMPLES, Answers, Server, encode, run_client, running_server, with_disk
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 PHOTO = SAMPLES["person"][0].read_bytes()
 
 
-def with_shared_memory(size: str) -> list[str]:
-    """Return what to put before a command to run it with a /dev/shm of its own, as docker does."""
-    prefix = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', "sh"]
-    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a file system")
-    return prefix
-
-
 def test_little_shared_memory(tmp_path):
-    prefix = with_shared_memory("64m")
+    prefix = with_disk("/dev/shm", "64m")
     with running_server(tmp_path / "server.log", "--weights", "demo", "--instances", "16", prefix=prefix) as server:
         log = server.log.read_text()
         most, instances = re.search(r"photos of more than ([\d,]+) pixels are refused, instances (\d+);", log).groups()
@@ -43,7 +34,7 @@ def test_little_shared_memory(tmp_path):
 
 
 def test_no_shared_memory(tmp_path):
-    server = Server(tmp_path / "server.log", "--weights", "demo", prefix=with_shared_memory("1m"))
+    server = Server(tmp_path / "server.log", "--weights", "demo", prefix=with_disk("/dev/shm", "1m"))
     assert server.process.wait(timeout=30) == 2
     line = server.log.read_text().splitlines()[-1]
     assert line.startswith("server.py: /dev/shm has no room for any photo: docker run --shm-size ")

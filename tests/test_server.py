@@ -11,7 +11,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from conftest import (
@@ -20,6 +19,7 @@ from conftest import (
     SAMPLES,
     Answers,
     Server,
+    ask_until_refused,
     decode,
     free_ports,
     iou,
@@ -209,23 +209,11 @@ def test_start_up_says_what_it_does(server):
     assert f"grpc://127.0.0.1:{server.grpc_port}" in log
 
 
-def ask_until_refused(server: Server, protocol: str) -> tuple[int, str]:
-    """Send photos until one is not answered; return how many were and what was said of the last."""
-    segment, good = Answers(server, protocol), 0
-    while True:
-        try:
-            answer = segment(PHOTO)
-        except Exception as error:
-            return good, str(error)
-        assert answer["original"].shape == (1, *decode(PHOTO).shape)
-        good += 1
-
-
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "Ctrl-C in a terminal"])
 def test_shut_down_under_load(how, tmp_path):
     # More photos than can be finished: the rest is told so, nothing hangs, and the clients' connections stay open.
     with running_server(tmp_path / "server.log", "--weights", "demo") as server, ThreadPoolExecutor(40) as pool:
-        clients = [pool.submit(ask_until_refused, server, protocol) for protocol in ("http", "grpc") * 20]
+        clients = [pool.submit(ask_until_refused, server, protocol, PHOTO) for protocol in ("http", "grpc") * 20]
         while server.metric("pending_request_count") + server.metric("request_success") < 10:
             time.sleep(0.05)
         began = time.monotonic()
@@ -274,100 +262,15 @@ def test_a_signal_during_start_up(tmp_path):
     assert server.left_behind() == []
 
 
-MISSING_SERVER = """
-import sys
-sys.path.insert(0, {root!r})
-import server
-from pytriton.models.model import Model
-
-healthy, starts = Model.get_proxy_model_files, []
-
-def proxy_files(self):  # what an instance runs that asks the first one too early
-    files = healthy(self)
-    starts.append(self)
-    if len(starts) <= {failures}:
-        files["file:1/communication.py"] = b"raise ConnectionRefusedError(111, 'Connection refused')"
-    return files
-
-Model.get_proxy_model_files = proxy_files
-server.run(server.parse_options())
-"""
-
-
-def test_instances_that_miss_each_other_are_started_again(tmp_path):
-    (tmp_path / "missing.py").write_text(MISSING_SERVER.format(root=str(ROOT), failures=2))
-    with running_server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "missing.py") as server:
-        assert server.log.read_text().count("Connection refused); --verbose shows its log; trying again") == 2
-        assert Answers(server, "grpc")(PHOTO)["original"].shape == (1, *decode(PHOTO).shape)
-        assert server.stop() == 0
-        assert server.left_behind() == []
-
-
-def test_instances_that_never_find_each_other(tmp_path):
-    (tmp_path / "missing.py").write_text(MISSING_SERVER.format(root=str(ROOT), failures=99))
-    server = Server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "missing.py")
-    assert server.process.wait(timeout=90) == 1
-    said = server.log.read_text()
-    assert said.count("; trying again") == 4
-    assert "server.py: Triton did not start (" in said.splitlines()[-1]
-    assert "Connection refused" in said.splitlines()[-1]
-    assert server.left_behind() == []
-
-
-def test_triton_killed_ends_the_server_with_an_error(tmp_path):
-    with running_server(tmp_path / "server.log", "--weights", "demo") as server:
-        next(process for process in server.family() if process.name() == "tritonserver").kill()
-        assert server.process.wait(timeout=30) == 1
-        assert server.log.read_text().splitlines()[-1].startswith("server.py: Triton ended by itself")
-        assert server.left_behind() == []
-
-
-def workers(server: Server) -> list[psutil.Process]:
-    """Return the processes that have the network: forked, they bear the server's command line."""
-    process = psutil.Process(server.process.pid)
-    return [child for child in process.children() if child.cmdline() == process.cmdline()]
-
-
-def test_a_worker_killed_ends_the_server_with_an_error(tmp_path):
-    with running_server(tmp_path / "server.log", "--weights", "demo") as server, ThreadPoolExecutor(4) as pool:
-        clients = [pool.submit(ask_until_refused, server, "http") for _ in range(4)]
-        while server.metric("pending_request_count") + server.metric("request_success") < 4:
-            time.sleep(0.05)
-        workers(server)[0].kill()
-        assert server.process.wait(timeout=30) == 1
-        assert "CRITICAL server: a worker has ended" in server.log.read_text()
-        assert all(
-            re.search("lost its worker|is stopping|refused|closed|UNAVAILABLE|not ready|unknown", said)
-            for _, said in (client.result() for client in clients)
-        )
-        assert server.left_behind() == []
-
-
-def test_a_helper_of_triton_killed_ends_the_server_with_an_error(tmp_path):
-    with running_server(tmp_path / "server.log", "--weights", "demo") as server:
-        next(process for process in server.family() if process.name().startswith("triton_python")).kill()
-        assert server.process.wait(timeout=30) == 1
-        assert "CRITICAL server: one of Triton's helper processes has ended" in server.log.read_text()
-        assert server.left_behind() == []
-
-
-def test_a_killed_server_takes_its_workers_along(tmp_path):
-    with running_server(tmp_path / "server.log", "--weights", "demo") as server:
-        orphans = workers(server)
-        server.process.kill()
-        assert orphans
-        assert psutil.wait_procs(orphans, timeout=10)[1] == []
-
-
 def test_several_devices(tmp_path):
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     arguments = ["--weights", "demo", "--instances", "1", "--device", f"{device},{device}"]
     with running_server(tmp_path / "server.log", *arguments) as server, ThreadPoolExecutor(4) as pool:
-        assert len(workers(server)) == 2
-        before = [process.cpu_times().user for process in workers(server)]
+        assert len(server.workers()) == 2
+        before = [process.cpu_times().user for process in server.workers()]
         for answer in pool.map(lambda _: Answers(server, "grpc")(PHOTO), range(4)):
             assert answer["original"].shape == (1, *decode(PHOTO).shape)
-        after = [process.cpu_times().user for process in workers(server)]
+        after = [process.cpu_times().user for process in server.workers()]
         assert all(late > early for early, late in zip(before, after, strict=True))
         assert server.stop() == 0
         assert server.left_behind() == []
@@ -378,48 +281,6 @@ def test_another_python_is_told_so(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "needs Python 3.11 or 3.12" in done.stderr
-
-
-FAULTY_SERVER = """
-import sys
-sys.path.insert(0, {root!r})
-import segmentation, server, torch
-
-healthy = segmentation.Segmenter.__call__
-
-def segment(self, requests):
-    if requests[0].threshold == 0.125:
-        raise ValueError("a mistake in the code")
-    if requests[0].threshold == 0.875:  # an index out of bounds: a sticky CUDA error, for all that this process does
-        torch.zeros(1, device="cuda")[torch.full((1,), 7, device="cuda")].cpu()
-    return healthy(self, requests)
-
-segmentation.Segmenter.__call__ = segment
-server.run(server.parse_options())
-"""
-
-
-def test_an_error_of_the_server_costs_one_request(tmp_path):
-    (tmp_path / "faulty.py").write_text(FAULTY_SERVER.format(root=str(ROOT)))
-    with running_server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "faulty.py") as server:
-        segment = Answers(server, "http")
-        with pytest.raises(InferenceServerException, match="InferenceFailed: the server failed at this photo") as error:
-            segment(PHOTO, threshold=0.125)
-        assert "ValueError" not in str(error.value)
-        assert "ValueError: a mistake in the code" in server.log.read_text()
-        assert segment(PHOTO)["original"].shape == (1, *decode(PHOTO).shape)
-        assert server.stop() == 0
-
-
-@NEEDS_GPU
-def test_a_lost_gpu_ends_the_server_with_an_error(tmp_path):
-    (tmp_path / "faulty.py").write_text(FAULTY_SERVER.format(root=str(ROOT)))
-    with running_server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "faulty.py") as server:
-        with pytest.raises(InferenceServerException):
-            Answers(server, "http")(PHOTO, threshold=0.875)
-        assert server.process.wait(timeout=60) != 0
-        assert "the GPU is lost to this process" in server.log.read_text()
-        assert server.left_behind() == []
 
 
 @NEEDS_GPU

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What breaks around the server, and what its users see: it goes on, or it ends with an error and is started again."""
+
+import re
+import socket
+import struct
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import (
+    NEEDS_GPU,
+    ROOT,
+    SAMPLES,
+    Answers,
+    Server,
+    ask_until_refused,
+    decode,
+    encode,
+    http_request,
+    running_server,
+    with_disk,
+)
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from model_inference import load_weights
+
+PHOTO = SAMPLES["person"][0].read_bytes()
+
+
+MISSING_SERVER = """
+import sys
+sys.path.insert(0, {root!r})
+import server
+from pytriton.models.model import Model
+
+healthy, starts = Model.get_proxy_model_files, []
+
+def proxy_files(self):  # what an instance runs that asks the first one too early
+    files = healthy(self)
+    starts.append(self)
+    if len(starts) <= {failures}:
+        files["file:1/communication.py"] = b"raise ConnectionRefusedError(111, 'Connection refused')"
+    return files
+
+Model.get_proxy_model_files = proxy_files
+server.run(server.parse_options())
+"""
+
+
+def test_instances_that_miss_each_other_are_started_again(tmp_path):
+    (tmp_path / "missing.py").write_text(MISSING_SERVER.format(root=str(ROOT), failures=2))
+    with running_server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "missing.py") as server:
+        assert server.log.read_text().count("Connection refused); --verbose shows its log; trying again") == 2
+        assert Answers(server, "grpc")(PHOTO)["original"].shape == (1, *decode(PHOTO).shape)
+        assert server.stop() == 0
+        assert server.left_behind() == []
+
+
+def test_instances_that_never_find_each_other(tmp_path):
+    (tmp_path / "missing.py").write_text(MISSING_SERVER.format(root=str(ROOT), failures=99))
+    server = Server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "missing.py")
+    assert server.process.wait(timeout=90) == 1
+    said = server.log.read_text()
+    assert said.count("; trying again") == 4
+    assert "server.py: Triton did not start (" in said.splitlines()[-1]
+    assert "Connection refused" in said.splitlines()[-1]
+    assert server.left_behind() == []
+
+
+def test_triton_killed_ends_the_server_with_an_error(tmp_path):
+    with running_server(tmp_path / "server.log", "--weights", "demo") as server:
+        next(process for process in server.family() if process.name() == "tritonserver").kill()
+        assert server.process.wait(timeout=30) == 1
+        assert server.log.read_text().splitlines()[-1].startswith("server.py: Triton ended by itself")
+        assert server.left_behind() == []
+
+
+def test_a_worker_killed_ends_the_server_with_an_error(tmp_path):
+    with running_server(tmp_path / "server.log", "--weights", "demo") as server, ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(ask_until_refused, server, "http", PHOTO) for _ in range(4)]
+        while server.metric("pending_request_count") + server.metric("request_success") < 4:
+            time.sleep(0.05)
+        server.workers()[0].kill()
+        assert server.process.wait(timeout=30) == 1
+        assert "CRITICAL server: a worker has ended" in server.log.read_text()
+        assert all(
+            re.search("lost its worker|is stopping|refused|closed|UNAVAILABLE|not ready|unknown", said)
+            for _, said in (client.result() for client in clients)
+        )
+        assert server.left_behind() == []
+
+
+def test_a_helper_of_triton_killed_ends_the_server_with_an_error(tmp_path):
+    with running_server(tmp_path / "server.log", "--weights", "demo") as server:
+        next(process for process in server.family() if process.name().startswith("triton_python")).kill()
+        assert server.process.wait(timeout=30) == 1
+        assert "CRITICAL server: one of Triton's helper processes has ended" in server.log.read_text()
+        assert server.left_behind() == []
+
+
+def test_a_killed_server_takes_its_workers_along(tmp_path):
+    with running_server(tmp_path / "server.log", "--weights", "demo") as server:
+        orphans = server.workers()
+        server.process.kill()
+        assert orphans
+        assert psutil.wait_procs(orphans, timeout=10)[1] == []
+
+
+FAULTY_SERVER = """
+import sys
+sys.path.insert(0, {root!r})
+import segmentation, server, torch
+
+healthy = segmentation.Segmenter.__call__
+
+def segment(self, requests):
+    if requests[0].threshold == 0.125:
+        raise ValueError("a mistake in the code")
+    if requests[0].threshold == 0.875:  # an index out of bounds: a sticky CUDA error, for all that this process does
+        torch.zeros(1, device="cuda")[torch.full((1,), 7, device="cuda")].cpu()
+    return healthy(self, requests)
+
+segmentation.Segmenter.__call__ = segment
+server.run(server.parse_options())
+"""
+
+
+def test_an_error_of_the_server_costs_one_request(tmp_path):
+    (tmp_path / "faulty.py").write_text(FAULTY_SERVER.format(root=str(ROOT)))
+    with running_server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "faulty.py") as server:
+        segment = Answers(server, "http")
+        with pytest.raises(InferenceServerException, match="InferenceFailed: the server failed at this photo") as error:
+            segment(PHOTO, threshold=0.125)
+        assert "ValueError" not in str(error.value)
+        assert "ValueError: a mistake in the code" in server.log.read_text()
+        assert segment(PHOTO)["original"].shape == (1, *decode(PHOTO).shape)
+        assert server.stop() == 0
+
+
+@NEEDS_GPU
+def test_a_lost_gpu_ends_the_server_with_an_error(tmp_path):
+    (tmp_path / "faulty.py").write_text(FAULTY_SERVER.format(root=str(ROOT)))
+    with running_server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "faulty.py") as server:
+        with pytest.raises(InferenceServerException):
+            Answers(server, "http")(PHOTO, threshold=0.875)
+        assert server.process.wait(timeout=60) != 0
+        assert "the GPU is lost to this process" in server.log.read_text()
+        assert server.left_behind() == []
+
+
+NEIGHBOUR = """
+import sys, torch
+taken, size = [], 1 << 30
+while size > 1 << 20:
+    try:
+        taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+    except torch.OutOfMemoryError:
+        size //= 2
+print("full", flush=True)
+sys.stdin.read()
+"""
+
+
+@NEEDS_GPU
+def test_a_neighbour_takes_the_gpus_memory(tmp_path):
+    large = encode(Image.open(SAMPLES["person"][0]).resize((5000, 5000)), "JPEG")
+    with running_server(tmp_path / "server.log", "--weights", "demo") as server:
+        segment = Answers(server, "grpc")
+        command = [sys.executable, "-c", NEIGHBOUR]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as neighbour:
+            assert neighbour.stdout.readline() == "full\n"
+            for _ in range(3):
+                with pytest.raises(InferenceServerException, match="InferenceFailed: the server failed at this photo"):
+                    segment(large)
+            neighbour.stdin.close()
+        assert segment(large)["segmented"].shape == (1, 5000, 5000, 3)
+        assert segment(PHOTO)["segmented"].any(axis=3).mean() > 0.3
+        assert server.stop() == 0
+        assert server.left_behind() == []
+
+
+def test_the_disk_fills_up(tmp_path):
+    prefix = with_disk("$PYTRITON_HOME", "64m")
+    with running_server(tmp_path / "server.log", "--weights", "demo", prefix=prefix) as server:
+        filler = Path(f"/proc/{server.process.pid}/root{server.home}/filler")  # as the server sees it
+        with pytest.raises(OSError, match="No space left"):
+            filler.write_bytes(bytes(1 << 27))
+        with ThreadPoolExecutor(4) as pool:
+            for answer in pool.map(lambda _: Answers(server, "http")(PHOTO), range(8)):
+                assert answer["segmented"].any(axis=3).mean() > 0.3
+        assert server.stop() == 0
+
+
+def test_no_disk_to_start_with(tmp_path):
+    server = Server(tmp_path / "server.log", "--weights", "demo", prefix=with_disk("$PYTRITON_HOME", "1m"))
+    assert server.process.wait(timeout=60) == 1
+    log = server.log.read_text()
+    assert "No space left on device" in log.splitlines()[-1]
+    assert "Traceback" not in log
+
+
+def test_the_weights_are_replaced(tmp_path):
+    file = tmp_path / "own.pth"
+    torch.save(load_weights("demo").state_dict, file)
+    with running_server(tmp_path / "server.log", "--weights", str(file)) as server:
+        segment = Answers(server, "http")
+        before = segment(PHOTO)
+        file.write_bytes(b"half an upload")
+        np.testing.assert_array_equal(segment(PHOTO)["segmented"], before["segmented"])
+        file.unlink()
+        np.testing.assert_array_equal(segment(PHOTO)["segmented"], before["segmented"])
+
+
+def connect(server: Server, share: float) -> socket.socket:
+    """Return a connection over which the first part of a request was sent, and nothing is read."""
+    request = http_request(PHOTO)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", server.http_port))
+    connection.sendall(request[: int(share * len(request))])
+    return connection
+
+
+def hang_up(connection: socket.socket) -> None:
+    """Close the connection without a word to the other side but "reset"."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def test_clients_that_give_up_or_do_not_read(tmp_path):
+    with running_server(tmp_path / "server.log", "--weights", "demo", "--max-queue", "100") as server:
+        tritonserver = next(process for process in server.family() if process.name() == "tritonserver")
+        Answers(server, "http")(PHOTO)
+        before = tritonserver.num_fds()
+        half, slow, gone = ([connect(server, share) for _ in range(5)] for share in (0.5, 1, 1))
+        for connection in gone:
+            hang_up(connection)
+        impatient = Answers(server, "grpc")
+        for _ in range(5):
+            with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
+                impatient(PHOTO, client_timeout=0.01)
+        for protocol in ("http", "grpc"):
+            assert Answers(server, protocol)(PHOTO)["segmented"].any(axis=3).mean() > 0.3
+        for connection in half[1:] + slow[1:]:
+            hang_up(connection)
+        deadline = time.monotonic() + 20
+        while tritonserver.num_fds() > before + 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        # With one of each still there.
+        assert server.stop() == 0
+        assert server.left_behind() == []
+        assert "Traceback" not in server.log.read_text()
