@@ -6,7 +6,7 @@ OUTPUT ?= output
 SHELL := bash
 BIN := .venv/bin
 
-.PHONY: run serve test benchmark lint
+.PHONY: run serve test docker-test benchmark lint
 
 # On free ports, to work beside whatever runs already. Whichever ends first decides: the client, as it should, or the
 # server, which then has said why.
@@ -28,6 +28,10 @@ serve: .venv/run
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+# On a machine with Docker.
+docker-test: .venv/run
+	deploy/docker_test.sh
 
 benchmark: .venv/dev
 	$(BIN)/python benchmark.py --plot benchmark.png

@@ -87,7 +87,7 @@ def state(server: Server) -> dict[str, float]:
     return {
         "memory, MB": round(sum(process.memory_full_info().pss for process in family) / 1e6),
         "/dev/shm, MB": round(sum(path.stat().st_blocks * 512 for path in Path("/dev/shm").iterdir()) / 1e6),
-        "GPU memory, MB": int(subprocess.check_output(gpu)) if torch.cuda.is_available() else 0,
+        "GPU memory, MB": int(subprocess.check_output(gpu).split()[0]) if torch.cuda.is_available() else 0,
         "file descriptors": fds,
         "threads": sum(process.num_threads() for process in family),
         "processes": len(family),

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Build the image and try what the README says of Docker: make docker-test. With DOCKER_HOST elsewhere, HOST is its name.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+host=${HOST:-127.0.0.1}
+options=(--rm -d --shm-size 8gb -p 8000:8000 -p 8001:8001 -p 8002:8002)
+if docker info --format '{{.Runtimes}}' | grep -q nvidia; then
+    options+=(--gpus all)
+else
+    echo "docker_test.sh: Docker has no NVIDIA runtime: without a GPU" >&2
+fi
+
+# try WHAT OPTION...: run the container with the options, use it, stop it.
+try() {
+    echo "== $1"
+    container=$(docker run "${options[@]}" "${@:2}")
+    trap 'docker logs "$container" >&2; docker kill "$container" >/dev/null' EXIT
+    # The first start downloads the weights.
+    .venv/bin/python client.py --url "http://$host:8000" --init-timeout-s 600 --dump-images --output-dir output
+    .venv/bin/python client.py --url "grpc://$host:8001" --class-name cat --image-paths images/cat_orig.jpg
+    until [ "$(docker inspect --format '{{.State.Health.Status}}' "$container")" = healthy ]; do sleep 1; done
+    [ "$(docker exec "$container" id -u)" = 1000 ]
+    trap - EXIT
+    begin=$SECONDS
+    docker stop "$container" >/dev/null &
+    status=$(docker wait "$container")
+    wait
+    echo "== $1: healthy, answers, stopped within $((SECONDS - begin + 1)) s with status $status"
+    [ "$status" = 0 ] && [ $((SECONDS - begin)) -lt 10 ]
+}
+
+docker build -t pytriton_dali .
+try "the container by itself" pytriton_dali
+try "the volume and bash" -v "$PWD:/dali" -w /dali pytriton_dali bash -c "exec python server.py --address 0.0.0.0"
