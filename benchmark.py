@@ -301,7 +301,7 @@ def plot(rows: Sequence[dict], path: Path, title: str) -> None:
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
         axis.set(xlabel="photos in flight", ylabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
 
 
