@@ -24,7 +24,7 @@ from request import InferenceFailed, PhotoRequest, RequestError, RequestReader
 if TYPE_CHECKING:
     import torch
 
-    from model_inference import SegmentationNetwork
+    from model_inference import SegmentationNetwork, Weights
 
 # torch, torchvision and DALI are imported where they are needed, which is in this process alone: they take seconds, and
 # a mistake on the command line is to be answered at once.
@@ -141,30 +141,17 @@ def _build(
     options: argparse.Namespace, device: torch.device, channels: Sequence[Channel], shm_bytes: int
 ) -> tuple[Batcher, Ready]:
     """Load the weights, build the stages and warm them up. Raises StartError."""
-    from model_inference import CLASS_NAMES, SegmentationNetwork, WeightsError, load_weights, pick_precision
-
-    if options.class_name not in CLASS_NAMES:
-        raise StartError(f"--class-name {options.class_name} is none of {', '.join(CLASS_NAMES)}")
-    try:
-        weights = load_weights(options.weights)
-    except WeightsError as error:
-        raise StartError(f"--weights {options.weights}: {error}") from error
-    LOGGER.info("weights: %s", weights.source)
-
-    from segmentation import HostMemory, Segmenter
-
+    weights = _load_weights(options)
     instances, max_pixels, shm_warning = fit_shared_memory(
         options.instances or INSTANCES[device.type], options.max_pixels, shm_bytes
     )
+
+    from model_inference import CLASS_NAMES
+    from segmentation import HostMemory, Segmenter
+
     max_batch_size = options.max_batch_size or MAX_BATCH_SIZE[device.type]
-    precision = pick_precision(options.precision, device)
-    LOGGER.info("warm-up: instances %d, photos a batch %d, precision %s", instances, max_batch_size, precision)
-    network = SegmentationNetwork(weights.state_dict, device, precision)
-    if precision == "fp16" and network.overflows(options.input_size):
-        if options.precision != "auto":
-            raise StartError("--precision fp16: these weights are too large for it; take bf16, fp32 or auto")
-        LOGGER.warning("the weights are too large for fp16: precision fp32, which is slower; try --precision bf16")
-        network = SegmentationNetwork(weights.state_dict, device, "fp32")
+    LOGGER.info("warm-up: instances %d, photos a batch %d", instances, max_batch_size)
+    network = _build_network(options, device, weights.state_dict)
     segmenters = [Segmenter(network, options.input_size, max_batch_size) for _ in range(THREADS[device.type])]
     # The first run of each stage chooses kernels and asks for memory.
     encoded, room = np.fromfile(WARM_UP_PHOTO, np.uint8), HostMemory(np.empty(8 << 20, np.uint8))
@@ -188,6 +175,36 @@ def _build(
 
     batcher = Batcher(list(memories), read, segmenters, explain, max_batch_size)
     return batcher, Ready(device.type, instances, tuple(filter(None, (shm_warning, weights.warning))))
+
+
+def _load_weights(options: argparse.Namespace) -> Weights:
+    from model_inference import CLASS_NAMES, WeightsError, load_weights
+
+    if options.class_name not in CLASS_NAMES:
+        raise StartError(f"--class-name {options.class_name} is none of {', '.join(CLASS_NAMES)}")
+    try:
+        weights = load_weights(options.weights)
+    except WeightsError as error:
+        raise StartError(f"--weights {options.weights}: {error}") from error
+    LOGGER.info("weights: %s", weights.source)
+    return weights
+
+
+def _build_network(
+    options: argparse.Namespace, device: torch.device, state_dict: dict[str, torch.Tensor]
+) -> SegmentationNetwork:
+    from model_inference import SegmentationNetwork, pick_precision
+
+    precision = pick_precision(options.precision, device)
+    network = SegmentationNetwork(state_dict, device, precision)
+    if precision == "fp16" and network.overflows(options.input_size):
+        if options.precision != "auto":
+            raise StartError("--precision fp16: these weights are too large for it; take bf16, fp32 or auto")
+        LOGGER.warning("the weights are too large for fp16: fp32 instead, which is slower; try --precision bf16")
+        precision = "fp32"
+        network = SegmentationNetwork(state_dict, device, precision)
+    LOGGER.info("precision: %s", precision)
+    return network
 
 
 def fit_shared_memory(instances: int, max_pixels: int, free: int) -> tuple[int, int, str]:
