@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 # Of a progressive JPEG. Encoders write 10 or so; each takes a few bytes and makes the decoder go through all pixels.
 MAX_SCANS = 64
+MAX_SEGMENTS = 20_000
+# What begins a segment or ends the picture: neither a byte of the picture's own nor a mark between parts of it.
+JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)
 
 # Pillow's own limit would answer before ours, and with a text of its own.
 Image.MAX_IMAGE_PIXELS = None
@@ -105,10 +109,12 @@ def check_photo(encoded: np.ndarray, max_pixels: int) -> None:
     kinds = "send a JPEG, PNG, BMP or WebP file"
     if not data:
         raise InvalidRequest(f"the photo is empty: {kinds}")
-    stream, is_jpeg = io.BytesIO(data), data.startswith(b"\xff\xd8")
+    if is_jpeg := data.startswith(b"\xff\xd8"):
+        check_jpeg(data)
+    stream = io.BytesIO(data)
     try:
         with JpegImageFile(stream) if is_jpeg else Image.open(stream, formats=("PNG", "BMP", "WEBP")) as image:
-            (width, height), header_end = image.size, stream.tell()
+            width, height = image.size
     except UnidentifiedImageError:
         raise InvalidRequest(f"the photo's {len(data)} bytes are of no known kind, or damaged: {kinds}") from None
     except Exception as error:  # Pillow's parsers raise whatever the damage makes them stumble over.
@@ -118,17 +124,24 @@ def check_photo(encoded: np.ndarray, max_pixels: int) -> None:
             f"the photo has {width} x {height} pixels, more than the {max_pixels} that this server takes: "
             "make it smaller, or have the server started with a larger --max-pixels and shared memory for it"
         )
-    if is_jpeg:
-        _check_picture_of_jpeg(data, header_end)
 
 
-def _check_picture_of_jpeg(data: bytes, header_end: int) -> None:
-    # nvJPEG decodes what is there of a truncated file and leaves the rest of the picture grey, without a word. In the
-    # picture itself, behind the header, the end marker cannot occur. In the header may be previews with end markers of
-    # their own, and after the picture anything, as phones append second pictures and films.
-    end = data.find(b"\xff\xd9", header_end)
-    if end < 0:
-        raise InvalidRequest("the photo is truncated, its end is missing: send the whole file")
-    scans = 1 + data.count(b"\xff\xda", header_end, end)
-    if scans > MAX_SCANS:
-        raise InvalidRequest(f"the photo has {scans} scans, more than {MAX_SCANS}: save it as a baseline JPEG")
+def check_jpeg(data: bytes) -> None:
+    """Go through the segments of a JPEG up to its end. Raises InvalidRequest.
+
+    nvJPEG decodes what is there of a truncated file and leaves the rest of the picture grey, without a word.
+    """
+    # The content of a segment may be a preview with an end of its own, and behind the end may be anything, as phones
+    # append second pictures and films: neither is looked at.
+    position, scans = 2, 0
+    for _ in range(MAX_SEGMENTS):
+        marker = JPEG_MARKER.search(data, position)
+        if not marker:
+            raise InvalidRequest("the photo is truncated, its end is missing: send the whole file")
+        if marker[0] == b"\xff\xd9":
+            return
+        scans += marker[0] == b"\xff\xda"
+        if scans > MAX_SCANS:
+            raise InvalidRequest(f"the photo has more than {MAX_SCANS} scans: save it as a baseline JPEG")
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
+    raise InvalidRequest(f"the photo has more than {MAX_SEGMENTS} segments: save it again")

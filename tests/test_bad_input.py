@@ -30,7 +30,7 @@ PREVIEW = b"Exif\0\0" + encode(PICTURE.resize((99, 99)), "JPEG")
 WITH_PREVIEW = MPO[:2] + b"\xff\xe1" + struct.pack(">H", len(PREVIEW) + 2) + PREVIEW + MPO[2:]
 
 # Little to send and much to unpack: a chunk of a PNG of 200 MB, and a scan of a JPEG again and again.
-PNG, PROGRESSIVE = encode(PICTURE, "PNG"), encode(PICTURE, "JPEG", progressive=True)
+PNG, PROGRESSIVE = encode(PICTURE, "PNG"), encode(PICTURE.resize((40, 40)), "JPEG", progressive=True)
 ZEROS = zlib.compress(bytes(200_000_000), 1)
 LAST_SCAN = PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2]
 
@@ -50,13 +50,19 @@ def with_segments(jpeg: bytes, marker: int, contents: Iterable[bytes]) -> bytes:
 BAD_PHOTOS = {
     "a PNG whose text unpacks to 200 MB": (with_chunk(PNG, b"zTXt", b"Comment\0\0" + ZEROS), "header is damaged"),
     "a PNG whose profile unpacks to 200 MB": (with_chunk(PNG, b"iCCP", b"icc\0\0" + ZEROS), "header is damaged"),
-    "a JPEG of 1,010 scans": (PROGRESSIVE[:-2] + 1000 * LAST_SCAN + b"\xff\xd9", "has 1010 scans, more than 64"),
+    "a JPEG of 1,010 scans": (PROGRESSIVE[:-2] + 1000 * LAST_SCAN + b"\xff\xd9", "more than 64 scans"),
+    "a JPEG of 1,010 scans and a comment with an end": (
+        PROGRESSIVE[:-2] + b"\xff\xfe\x00\x04\xff\xd9" + 1000 * LAST_SCAN + b"\xff\xd9",
+        "more than 64 scans",
+    ),
+    "a JPEG with 30,000 comments": (with_segments(PHOTO, 0xFE, [b"comment"] * 30_000), "more than 20000 segments"),
     "random bytes": (np.random.default_rng(0).bytes(5000), "of no known kind"),
     "a truncated JPEG": (PHOTO[:50_000], "truncated"),
     "a JPEG without its last byte": (PHOTO[:-1], "truncated"),
     "a progressive JPEG, truncated": (encode(PICTURE, "JPEG", progressive=True)[:20_000], "truncated"),
     "a JPEG with a preview and a second picture, truncated": (WITH_PREVIEW[: len(WITH_PREVIEW) // 3], "truncated"),
-    "a JPEG cut off in the header": (PHOTO[:300], "header is damaged"),
+    "a JPEG cut off in the header": (PHOTO[:300], "truncated"),
+    "a JPEG whose header is damaged": (PHOTO[:20] + b"damaged" + PHOTO[27:], "damaged"),
     "a truncated PNG": (encode(PICTURE, "PNG")[:50_000], "cannot be decoded"),
     "a truncated WebP": (encode(PICTURE, "WEBP")[:10_000], "damaged"),
     "a truncated BMP": (encode(PICTURE, "BMP")[:50_000], "cannot be decoded"),
