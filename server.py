@@ -53,8 +53,8 @@ MAX_QUEUE = {"cuda": 512, "cpu": 12}
 MAX_WAIT_S = 60
 
 # The instances ask the first of them, through a socket, where their memory is. On a busy machine they may do so when it
-# has a name but nobody listens yet, or not find it within the second that PyTriton gives them.
-MISSED = re.compile("ConnectionRefusedError|waiting for config file")
+# has a name but nobody listens yet, or get no answer within the second that PyTriton gives them.
+MISSED = re.compile("ConnectionRefusedError|BlockingIOError|waiting for config file")
 START_ATTEMPTS = 5
 
 # For the processes that Triton starts. Images stay on the heap, where by default each would be mapped, its pages zeroed
@@ -80,6 +80,7 @@ class Shutdown:
     """Ends the server on a signal or a fatal error: photos in flight are finished for a while, later ones refused."""
 
     def __init__(self):
+        self.at_time_out: list[Callable[[], None]] = []  # what to call where photos in flight take too long
         self._exit_status = 0
         self._begun = False
         self._undisturbed = False
@@ -89,18 +90,18 @@ class Shutdown:
         self._lock = threading.Lock()
 
     def handle_signals(self) -> None:
-        """Have SIGINT and SIGTERM leave whatever the main thread does, by way of an exception."""
+        """Have the first SIGINT or SIGTERM leave whatever the main thread does, by way of an exception."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, *_: object) -> None:
-        self._begun = True
-        if not self._undisturbed:
+        first, self._begun = not self._begun, True
+        if first and not self._undisturbed:
             sys.exit(self._exit_status)
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Have signals wait until the end of the block."""
+        """Have a signal wait until the end of the block."""
         self._undisturbed = True
         try:
             yield
@@ -109,9 +110,9 @@ class Shutdown:
         if self._begun:
             sys.exit(self._exit_status)
 
-    def begin(self) -> None:
-        """Let nothing disturb what is left to do, nor be reported: the server ends."""
-        self._begun = self._undisturbed = True
+    def finish(self) -> None:
+        """Pass over signals and failures from here on: the server ends anyway."""
+        self._begun = True
 
     def fail(self, reason: str) -> None:
         """End the server with an exit status that makes a supervisor start it again. From any thread."""
@@ -144,6 +145,10 @@ class Shutdown:
             if self._in_flight == 0 and time.monotonic() > max(self._last_done, began) + 1:
                 return
             time.sleep(0.05)
+        if self._in_flight:
+            LOGGER.warning("stopping: photos in flight took too long, their clients are told so")
+            for give_up in self.at_time_out:
+                give_up()
 
 
 class InferenceCallable:
@@ -177,7 +182,7 @@ class InferenceCallable:
         except ValueError:
             raise InvalidRequest("the request's parameters are too long") from None
         except ConnectionError:
-            raise InferenceFailed("the server has lost its worker process and ends: try again later") from None
+            raise InferenceFailed("the server ends, and its worker process is gone: try again later") from None
 
 
 @contextlib.contextmanager
@@ -199,6 +204,8 @@ def segmentation(options: argparse.Namespace, shutdown: Shutdown) -> Iterator[tu
             except (OSError, OverflowError) as error:
                 raise StartError(f"--max-pixels {options.max_pixels}: no memory for such photos ({error})") from error
             workers.append(Worker(options, device, channels, shm_bytes))
+            # PyTriton waits for its callables, which wait for the worker.
+            shutdown.at_time_out.append(workers[-1].stop)
         said = [worker.wait_until_ready() for worker in workers]
         for worker in workers:
             threading.Thread(target=fail_without, args=(worker, shutdown), daemon=True).start()
@@ -209,7 +216,7 @@ def segmentation(options: argparse.Namespace, shutdown: Shutdown) -> Iterator[tu
         ]
         yield callables, said[0]
     finally:
-        shutdown.begin()
+        shutdown.finish()
         for worker in workers:
             worker.stop()
 
@@ -310,8 +317,7 @@ def running_triton(
         threading.Thread(target=fail_without_helpers, args=(helpers, triton, shutdown), daemon=True).start()
         yield triton
     except SystemExit:
-        with shutdown.undisturbed():
-            shutdown.drain()
+        shutdown.drain()
         raise
     finally:
         # PyTriton prints what comes from Triton's processes: from here on, how their resource trackers clear up.
@@ -321,38 +327,55 @@ def running_triton(
 
 def fail_without_helpers(helpers: Sequence[psutil.Process], triton: Triton, shutdown: Shutdown) -> None:
     """End the server when one of Triton's helpers has ended: the one that Triton starts instead finds no memory."""
-    connection.wait([os.pidfd_open(helper.pid) for helper in helpers])
+    with contextlib.suppress(ProcessLookupError):  # it has ended already
+        connection.wait([os.pidfd_open(helper.pid) for helper in helpers])
     if triton.is_alive():
         shutdown.fail("one of Triton's helper processes has ended, and with it the server does")
 
 
+def tritonservers() -> list[psutil.Process]:
+    """Return the process that PyTriton started, if it is there."""
+    return [child for child in psutil.Process().children() if named(child, "tritonserver")]
+
+
 def helper_processes() -> list[psutil.Process]:
     """Return the processes that tritonserver started."""
-    return [process for process in psutil.Process().children(recursive=True) if process.ppid() != os.getpid()]
+    helpers = []
+    for process in tritonservers():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            helpers += process.children(recursive=True)
+    return helpers
+
+
+def named(process: psutil.Process, name: str) -> bool:
+    """Return whether the process is there and its name begins like this."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name().startswith(name)
+    return False
 
 
 def clean_up(triton: Triton, helpers: Sequence[psutil.Process]) -> None:
     """Stop Triton, and what it leaves behind where it was killed or ran out of time."""
     helpers = {*helpers, *helper_processes()}
     # Its own time-out does not cover all that it waits for.
-    tritonserver = [child for child in psutil.Process().children() if child.name() == "tritonserver"]
-    killer = threading.Timer(2 * DRAIN_S, kill, args=[tritonserver])
+    killer = threading.Timer(2 * DRAIN_S, kill, args=[tritonservers()])
     killer.start()
-    triton.stop()
-    killer.cancel()
-    # First the stub processes: of the others some clear up when those are gone.
-    kill(helpers, "triton_python")
-    kill(psutil.wait_procs(helpers, timeout=1)[1])
-    for segment in Path("/dev/shm").glob(f"pytrtion{os.getpid()}-*"):  # PyTriton's spelling
-        segment.unlink(missing_ok=True)
+    try:
+        triton.stop()
+    finally:
+        killer.cancel()
+        # First the stub processes: of the others some clear up when those are gone.
+        kill([helper for helper in helpers if named(helper, "triton_python")])
+        kill(psutil.wait_procs(helpers, timeout=1)[1])
+        for segment in Path("/dev/shm").glob(f"pytrtion{os.getpid()}-*"):  # PyTriton's spelling
+            segment.unlink(missing_ok=True)
 
 
-def kill(processes: Iterable[psutil.Process], name: str = "") -> None:
-    """Kill those of the processes that are still there and whose name begins like this."""
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Kill those of the processes that are still there."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith(name):
-                process.kill()
+            process.kill()
 
 
 def check_address(options: argparse.Namespace) -> None:

@@ -68,6 +68,26 @@ class Server:
                 env=os.environ | {"PYTRITON_HOME": str(self.home)} | (environment or {}),
             )
 
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End what is still there, however the test went, and what a killed server left."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=20)
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for segment in self.segments():
+            segment.unlink(missing_ok=True)
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def segments(self) -> list[Path]:
+        """Return Triton's shared memory segments, which bear the server's process id."""
+        return list(Path("/dev/shm").glob(f"pytrtion{self.process.pid}-*"))
+
     def wait_until_ready(self, timeout_s: float = 90) -> float:
         """Return the seconds from start to ready."""
         while "ready: model" not in self.log.read_text():
@@ -106,8 +126,8 @@ class Server:
         psutil.wait_procs(self.family(), timeout=2)  # Python's resource trackers end after what they track
         return [
             *map(str, self.family()),
-            # Triton's segments bear the server's process id; PyTriton's are those that no process has in use any more.
-            *map(str, Path("/dev/shm").glob(f"pytrtion{self.process.pid}-*")),
+            *map(str, self.segments()),
+            # PyTriton's: those that no process has in use any more.
             *sorted(set(Path("/dev/shm").glob("psm_*")) - self.segments_before - set(segments_in_use())),
             *map(str, self.home.glob("workspace_*")),
         ]
@@ -122,16 +142,18 @@ def segments_in_use() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def running_server(log: Path, *arguments: str, **options: object) -> Iterator[Server]:
-    server = Server(log, *arguments, **options)
-    try:
+    with Server(log, *arguments, **options) as server:
         server.wait_until_ready()
         yield server
-    finally:
-        if server.process.poll() is None:
-            server.stop()
-        for process in server.family():
-            process.kill()
-        shutil.rmtree(server.home, ignore_errors=True)
+
+
+def patched_server(folder: Path, code: str) -> Path:
+    """Return a script that is server.py with something done to it before it runs."""
+    script = folder / "patched.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport server\n{code}\nserver.run(server.parse_options())\n"
+    )
+    return script
 
 
 @pytest.fixture(scope="session")
@@ -202,8 +224,8 @@ def ask_until_refused(server: Server, protocol: str, photo: bytes) -> tuple[int,
         good += 1
 
 
-def with_disk(path: str, size: str) -> list[str]:
-    """Return what to put before a command to run it with a file system of its own at a path."""
+def with_tmpfs(path: str, size: str) -> list[str]:
+    """Return what to put before a command to run it with a small file system of its own at a path."""
     mount = f'mount -t tmpfs -o size={size} tmpfs "{path}" && exec "$@"'
     prefix = ["unshare", "-rm", "sh", "-c", mount, "sh"]
     environment = os.environ | {"PYTRITON_HOME": "/mnt"}

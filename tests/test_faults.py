@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import (
     NEEDS_GPU,
-    ROOT,
     SAMPLES,
     Answers,
     Server,
@@ -24,8 +23,9 @@ from conftest import (
     decode,
     encode,
     http_request,
+    patched_server,
     running_server,
-    with_disk,
+    with_tmpfs,
 )
 from PIL import Image
 from tritonclient.utils import InferenceServerException
@@ -35,44 +35,49 @@ from model_inference import load_weights
 PHOTO = SAMPLES["person"][0].read_bytes()
 
 
-MISSING_SERVER = """
-import sys
-sys.path.insert(0, {root!r})
-import server
+MISS_EACH_OTHER = """
 from pytriton.models.model import Model
 
-healthy, starts = Model.get_proxy_model_files, []
+healthy, errors, starts = Model.get_proxy_model_files, {errors}, []
 
-def proxy_files(self):  # what an instance runs that asks the first one too early
+def proxy_files(self):  # what the instances run, of which the second asks the first where its memory is
     files = healthy(self)
     starts.append(self)
-    if len(starts) <= {failures}:
-        files["file:1/communication.py"] = b"raise ConnectionRefusedError(111, 'Connection refused')"
+    if len(starts) <= len(errors):
+        fail = "def get_config_from_handshake_server(_): raise " + errors[len(starts) - 1]
+        files["file:1/communication.py"] += fail.encode()
     return files
 
 Model.get_proxy_model_files = proxy_files
-server.run(server.parse_options())
 """
+MISSES = [
+    "ConnectionRefusedError(111, 'Connection refused')",
+    "TimeoutError('Timeout occurred while waiting for config file x')",
+    "BlockingIOError(11, 'Resource temporarily unavailable')",
+]
 
 
+@pytest.mark.timeout(300)
 def test_instances_that_miss_each_other_are_started_again(tmp_path):
-    (tmp_path / "missing.py").write_text(MISSING_SERVER.format(root=str(ROOT), failures=2))
-    with running_server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "missing.py") as server:
-        assert server.log.read_text().count("Connection refused); --verbose shows its log; trying again") == 2
+    script = patched_server(tmp_path, MISS_EACH_OTHER.format(errors=MISSES))
+    arguments = ("--weights", "demo", "--instances", "2")
+    with running_server(tmp_path / "server.log", *arguments, script=script) as server:
+        assert server.log.read_text().count("; --verbose shows its log; trying again") == 3
         assert Answers(server, "grpc")(PHOTO)["original"].shape == (1, *decode(PHOTO).shape)
         assert server.stop() == 0
         assert server.left_behind() == []
 
 
+@pytest.mark.timeout(300)
 def test_instances_that_never_find_each_other(tmp_path):
-    (tmp_path / "missing.py").write_text(MISSING_SERVER.format(root=str(ROOT), failures=99))
-    server = Server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "missing.py")
-    assert server.process.wait(timeout=90) == 1
-    said = server.log.read_text()
-    assert said.count("; trying again") == 4
-    assert "server.py: Triton did not start (" in said.splitlines()[-1]
-    assert "Connection refused" in said.splitlines()[-1]
-    assert server.left_behind() == []
+    script = patched_server(tmp_path, MISS_EACH_OTHER.format(errors=MISSES[:1] * 5))
+    with Server(tmp_path / "server.log", "--weights", "demo", "--instances", "2", script=script) as server:
+        assert server.process.wait(timeout=250) == 1
+        said = server.log.read_text()
+        assert said.count("; trying again") == 4
+        assert "server.py: Triton did not start (" in said.splitlines()[-1]
+        assert "Connection refused" in said.splitlines()[-1]
+        assert server.left_behind() == []
 
 
 def test_triton_killed_ends_the_server_with_an_error(tmp_path):
@@ -92,7 +97,7 @@ def test_a_worker_killed_ends_the_server_with_an_error(tmp_path):
         assert server.process.wait(timeout=30) == 1
         assert "CRITICAL server: a worker has ended" in server.log.read_text()
         assert all(
-            re.search("lost its worker|is stopping|refused|closed|UNAVAILABLE|not ready|unknown", said)
+            re.search("worker process is gone|is stopping|refused|closed|UNAVAILABLE|not ready|unknown", said)
             for _, said in (client.result() for client in clients)
         )
         assert server.left_behind() == []
@@ -114,10 +119,8 @@ def test_a_killed_server_takes_its_workers_along(tmp_path):
         assert psutil.wait_procs(orphans, timeout=10)[1] == []
 
 
-FAULTY_SERVER = """
-import sys
-sys.path.insert(0, {root!r})
-import segmentation, server, torch
+FAULTS = """
+import segmentation, torch
 
 healthy = segmentation.Segmenter.__call__
 
@@ -129,13 +132,12 @@ def segment(self, requests):
     return healthy(self, requests)
 
 segmentation.Segmenter.__call__ = segment
-server.run(server.parse_options())
 """
 
 
 def test_an_error_of_the_server_costs_one_request(tmp_path):
-    (tmp_path / "faulty.py").write_text(FAULTY_SERVER.format(root=str(ROOT)))
-    with running_server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "faulty.py") as server:
+    script = patched_server(tmp_path, FAULTS)
+    with running_server(tmp_path / "server.log", "--weights", "demo", script=script) as server:
         segment = Answers(server, "http")
         with pytest.raises(InferenceServerException, match="InferenceFailed: the server failed at this photo") as error:
             segment(PHOTO, threshold=0.125)
@@ -147,8 +149,8 @@ def test_an_error_of_the_server_costs_one_request(tmp_path):
 
 @NEEDS_GPU
 def test_a_lost_gpu_ends_the_server_with_an_error(tmp_path):
-    (tmp_path / "faulty.py").write_text(FAULTY_SERVER.format(root=str(ROOT)))
-    with running_server(tmp_path / "server.log", "--weights", "demo", script=tmp_path / "faulty.py") as server:
+    script = patched_server(tmp_path, FAULTS)
+    with running_server(tmp_path / "server.log", "--weights", "demo", script=script) as server:
         with pytest.raises(InferenceServerException):
             Answers(server, "http")(PHOTO, threshold=0.875)
         assert server.process.wait(timeout=60) != 0
@@ -188,7 +190,7 @@ def test_a_neighbour_takes_the_gpus_memory(tmp_path):
 
 
 def test_the_disk_fills_up(tmp_path):
-    prefix = with_disk("$PYTRITON_HOME", "64m")
+    prefix = with_tmpfs("$PYTRITON_HOME", "64m")
     with running_server(tmp_path / "server.log", "--weights", "demo", prefix=prefix) as server:
         filler = Path(f"/proc/{server.process.pid}/root{server.home}/filler")  # as the server sees it
         with pytest.raises(OSError, match="No space left"):
@@ -200,9 +202,9 @@ def test_the_disk_fills_up(tmp_path):
 
 
 def test_no_disk_to_start_with(tmp_path):
-    server = Server(tmp_path / "server.log", "--weights", "demo", prefix=with_disk("$PYTRITON_HOME", "1m"))
-    assert server.process.wait(timeout=60) == 1
-    log = server.log.read_text()
+    with Server(tmp_path / "server.log", "--weights", "demo", prefix=with_tmpfs("$PYTRITON_HOME", "1m")) as server:
+        assert server.process.wait(timeout=60) == 1
+        log = server.log.read_text()
     assert "No space left on device" in log.splitlines()[-1]
     assert "Traceback" not in log
 
@@ -246,7 +248,7 @@ def test_clients_that_give_up_or_do_not_read(tmp_path):
         impatient = Answers(server, "grpc")
         for _ in range(5):
             with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
-                impatient(PHOTO, client_timeout=0.01)
+                impatient(PHOTO, client_timeout=0.001)
         for protocol in ("http", "grpc"):
             assert Answers(server, protocol)(PHOTO)["segmented"].any(axis=3).mean() > 0.3
         for connection in half[1:] + slow[1:]:

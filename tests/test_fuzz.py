@@ -65,10 +65,8 @@ def memory(server: Server) -> int:
 
 @pytest.mark.timeout(120 + COUNT // 20)
 def test_damaged_photos(fuzzed: Server):
-    outcomes: list[str] = []
-
     def send(chunk: range) -> list[str]:
-        clients, outcomes = {protocol: Answers(fuzzed, protocol) for protocol in ("http", "grpc")}, []
+        clients, said = {protocol: Answers(fuzzed, protocol) for protocol in ("http", "grpc")}, []
         for number in chunk:
             dice = random.Random(number)
             data = damage(KINDS[dice.choice(list(KINDS))], dice)
@@ -77,19 +75,19 @@ def test_damaged_photos(fuzzed: Server):
                 answer = clients[dice.choice(("http", "grpc"))](data, outputs=("original",))["original"]
             except InferenceServerException as error:
                 clean = "InvalidRequest: " in str(error) and str(ROOT) not in str(error)
-                outcomes.append(re.sub(r"\d+", "N", sentence(error)) if clean else f"NOT CLEAN, {number}: {error}")
+                said.append(re.sub(r"\d+", "N", sentence(error)) if clean else f"NOT CLEAN, {number}: {error}")
             else:
                 try:
                     expected = decode(data).shape
                 except Exception:
                     expected = None  # Pillow gave up on what DALI made something of
                 right = expected is None or answer.shape == (1, *expected)
-                outcomes.append("answered" if right else f"NOT RIGHT, {number}: {answer.shape}, not {expected}")
-        return outcomes
+                said.append("answered" if right else f"NOT RIGHT, {number}: {answer.shape}, not {expected}")
+        return said
 
+    outcomes, halves = [], []
     with ThreadPoolExecutor(4) as pool:
         # Heaps fill up first, once: memory is compared from the half on.
-        halves = []
         for numbers in (range(COUNT // 2), range(COUNT // 2, COUNT)):
             halves.append(memory(fuzzed))
             outcomes += chain.from_iterable(pool.map(send, (numbers[thread::4] for thread in range(4))))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import SAMPLES, Answers, Server, encode, run_client, running_server, with_disk
+from conftest import SAMPLES, Answers, Server, encode, run_client, running_server, with_tmpfs
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -15,7 +15,7 @@ PHOTO = SAMPLES["person"][0].read_bytes()
 
 
 def test_little_shared_memory(tmp_path):
-    prefix = with_disk("/dev/shm", "64m")
+    prefix = with_tmpfs("/dev/shm", "64m")
     with running_server(tmp_path / "server.log", "--weights", "demo", "--instances", "16", prefix=prefix) as server:
         log = server.log.read_text()
         most, instances = re.search(r"photos of more than ([\d,]+) pixels are refused, instances (\d+);", log).groups()
@@ -34,8 +34,8 @@ def test_little_shared_memory(tmp_path):
 
 
 def test_no_shared_memory(tmp_path):
-    server = Server(tmp_path / "server.log", "--weights", "demo", prefix=with_disk("/dev/shm", "1m"))
-    assert server.process.wait(timeout=30) == 2
+    with Server(tmp_path / "server.log", "--weights", "demo", prefix=with_tmpfs("/dev/shm", "1m")) as server:
+        assert server.process.wait(timeout=30) == 2
     line = server.log.read_text().splitlines()[-1]
     assert line.startswith("server.py: /dev/shm has no room for any photo: docker run --shm-size ")
 

@@ -254,12 +254,29 @@ def test_started_in_the_background_of_a_shell(tmp_path):
 
 
 def test_a_signal_during_start_up(tmp_path):
-    server = Server(tmp_path / "server.log", "--weights", "demo")
-    while "device: " not in server.log.read_text():
-        assert server.process.poll() is None
-        time.sleep(0.01)
-    assert server.stop() == 0
-    assert server.left_behind() == []
+    with Server(tmp_path / "server.log", "--weights", "demo") as server:
+        while "device: " not in server.log.read_text():
+            assert server.process.poll() is None
+            time.sleep(0.01)
+        assert server.stop() == 0
+        assert server.left_behind() == []
+
+
+def test_a_photo_that_takes_too_long_does_not_hold_up_the_end(tmp_path):
+    arguments = ("--weights", "demo", "--instances", "1")
+    with running_server(tmp_path / "server.log", *arguments) as server, ThreadPoolExecutor(2) as pool:
+        (worker,) = server.workers()
+        worker.suspend()  # as where the GPU hangs
+        clients = [pool.submit(ask_until_refused, server, protocol, PHOTO) for protocol in ("http", "grpc")]
+        while server.metric("pending_request_count") < 1:  # the other one is in work
+            time.sleep(0.05)
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGINT)  # from somebody who does not wait
+        assert server.process.wait(timeout=30) == 0
+        assert time.monotonic() - began < 10
+        assert [client.result()[0] for client in clients] == [0, 0]
+        assert server.left_behind() == []
 
 
 def test_several_devices(tmp_path):

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A while under all kinds of load at once: every good photo is answered rightly, and nothing grows.
 
-For some seconds; SOAK=1800 in the environment for half an hour.
+For some seconds, which show little of growth; SOAK=1800 in the environment for half an hour.
 """
 
 import os
 import random
+import shutil
 import socket
 import subprocess
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,7 +86,7 @@ def state(server: Server) -> dict[str, float]:
     gpu = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return {
         "memory, MB": round(sum(process.memory_full_info().pss for process in family) / 1e6),
-        "/dev/shm, MB": round(sum(path.stat().st_blocks * 512 for path in Path("/dev/shm").iterdir()) / 1e6),
+        "/dev/shm, MB": round(shutil.disk_usage("/dev/shm").used / 1e6),
         "GPU memory, MB": int(subprocess.check_output(gpu).split()[0]) if torch.cuda.is_available() else 0,
         "file descriptors": fds,
         "threads": sum(process.num_threads() for process in family),
