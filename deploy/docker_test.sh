@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Build the image and try what the README says of Docker: make docker-test. With DOCKER_HOST elsewhere, HOST is its name.
+# Build the image and run it both ways that the README has: make docker-test. IMAGE: one that is built already; HOST: where
+# Docker runs, if DOCKER_HOST is elsewhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 host=${HOST:-127.0.0.1}
@@ -19,7 +20,7 @@ try() {
     # The first start downloads the weights.
     .venv/bin/python client.py --url "http://$host:8000" --init-timeout-s 600 --dump-images --output-dir output
     .venv/bin/python client.py --url "grpc://$host:8001" --class-name cat --image-paths images/cat_orig.jpg
-    until [ "$(docker inspect --format '{{.State.Health.Status}}' "$container")" = healthy ]; do sleep 1; done
+    timeout 60 bash -c "until docker inspect --format '{{.State.Health.Status}}' $container | grep -qx healthy; do sleep 1; done"
     [ "$(docker exec "$container" id -u)" = 1000 ]
     trap - EXIT
     begin=$SECONDS
@@ -30,6 +31,7 @@ try() {
     [ "$status" = 0 ] && [ $((SECONDS - begin)) -lt 10 ]
 }
 
-docker build -t pytriton_dali .
-try "the container by itself" pytriton_dali
-try "the volume and bash" -v "$PWD:/dali" -w /dali pytriton_dali bash -c "exec python server.py --address 0.0.0.0"
+[ -n "${IMAGE:-}" ] || docker build -t pytriton_dali .
+image=${IMAGE:-pytriton_dali}
+try "the container by itself" "$image"
+try "the volume and bash" -v "$PWD:/dali" -w /dali "$image" bash -c "exec python server.py --address 0.0.0.0"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is deployed: the manifests against Kubernetes' own schemas, the metrics, two servers behind a proxy."""
 
+import csv
 import shutil
 import socket
 import subprocess
@@ -132,13 +133,21 @@ def test_no_photo_is_lost_while_one_of_two_servers_is_stopped(behind_haproxy):
             shapes.append(segment(PHOTO)["segmented"].shape)  # raises where a photo is lost
         return shapes
 
+    def in_work() -> int:
+        rows = csv.DictReader(tell("show stat").removeprefix("# ").splitlines())
+        return sum(int(row["scur"]) for row in rows if row["svname"] == "a")
+
     with ThreadPoolExecutor(4) as pool:
         clients = [pool.submit(ask, protocol) for protocol in ("http", "grpc") * 2]
-        while min(a.metric("request_success"), b.metric("request_success")) < 2:  # over kept connections, too
-            assert not any(client.done() for client in clients)
-            time.sleep(0.05)
-        tell("set server http/a state drain")
-        assert a.stop() == 0
-        stopped.set()
+        try:
+            while min(a.metric("request_success"), b.metric("request_success")) < 2:  # over kept connections, too
+                assert not any(client.done() for client in clients)
+                time.sleep(0.05)
+            assert tell("set server http/a state drain").strip() == ""
+            while in_work():
+                time.sleep(0.05)
+            assert a.stop() == 0
+        finally:
+            stopped.set()
         for client in clients:
             assert set(client.result()) == {(1, 512, 512, 3)}
