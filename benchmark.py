@@ -312,7 +312,7 @@ def parse_options() -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if there is one (default: auto)")
     add("--concurrency", type=int, nargs="+", help="photos in flight (default: 1 16 32 on a GPU, 1 4 8 without)")
     add("--rounds", type=int, default=3, help="how often each server is asked (default: 3)")
-    add("--seconds", type=float, default=4, help="how long each time (default: 4)")
+    add("--seconds", type=float, default=3, help="how long each time (default: 3)")
     add(
         "--output", type=Path, default=Path("benchmark.json"), help="the figures for programs (default: benchmark.json)"
     )
