@@ -52,7 +52,6 @@ Model.get_proxy_model_files = proxy_files
 """
 MISSES = [
     "ConnectionRefusedError(111, 'Connection refused')",
-    "TimeoutError('Timeout occurred while waiting for config file x')",
     "BlockingIOError(11, 'Resource temporarily unavailable')",
 ]
 
@@ -62,21 +61,9 @@ def test_instances_that_miss_each_other_are_started_again(tmp_path):
     script = patched_server(tmp_path, MISS_EACH_OTHER.format(errors=MISSES))
     arguments = ("--weights", "demo", "--instances", "2")
     with running_server(tmp_path / "server.log", *arguments, script=script) as server:
-        assert server.log.read_text().count("; --verbose shows its log; trying again") == 3
+        assert server.log.read_text().count("; --verbose shows its log; trying again") == 2
         assert Answers(server, "grpc")(PHOTO)["original"].shape == (1, *decode(PHOTO).shape)
         assert server.stop() == 0
-        assert server.left_behind() == []
-
-
-@pytest.mark.timeout(300)
-def test_instances_that_never_find_each_other(tmp_path):
-    script = patched_server(tmp_path, MISS_EACH_OTHER.format(errors=MISSES[:1] * 5))
-    with Server(tmp_path / "server.log", "--weights", "demo", "--instances", "2", script=script) as server:
-        assert server.process.wait(timeout=250) == 1
-        said = server.log.read_text()
-        assert said.count("; trying again") == 4
-        assert "server.py: Triton did not start (" in said.splitlines()[-1]
-        assert "Connection refused" in said.splitlines()[-1]
         assert server.left_behind() == []
 
 
@@ -189,15 +176,19 @@ def test_a_neighbour_takes_the_gpus_memory(tmp_path):
         assert server.left_behind() == []
 
 
-def test_the_disk_fills_up(tmp_path):
+def test_the_disk_fills_up_and_the_weights_are_replaced(tmp_path):
+    weights = tmp_path / "own.pth"
+    torch.save(load_weights("demo").state_dict, weights)
     prefix = with_tmpfs("$PYTRITON_HOME", "64m")
-    with running_server(tmp_path / "server.log", "--weights", "demo", prefix=prefix) as server:
+    with running_server(tmp_path / "server.log", "--weights", str(weights), prefix=prefix) as server:
+        segment = Answers(server, "http")
+        before = segment(PHOTO)
         filler = Path(f"/proc/{server.process.pid}/root{server.home}/filler")  # as the server sees it
         with pytest.raises(OSError, match="No space left"):
             filler.write_bytes(bytes(1 << 27))
-        with ThreadPoolExecutor(4) as pool:
-            for answer in pool.map(lambda _: Answers(server, "http")(PHOTO), range(8)):
-                assert answer["segmented"].any(axis=3).mean() > 0.3
+        weights.write_bytes(b"half an upload")
+        for _ in range(3):
+            np.testing.assert_array_equal(segment(PHOTO)["segmented"], before["segmented"])
         assert server.stop() == 0
 
 
@@ -207,18 +198,6 @@ def test_no_disk_to_start_with(tmp_path):
         log = server.log.read_text()
     assert "No space left on device" in log.splitlines()[-1]
     assert "Traceback" not in log
-
-
-def test_the_weights_are_replaced(tmp_path):
-    file = tmp_path / "own.pth"
-    torch.save(load_weights("demo").state_dict, file)
-    with running_server(tmp_path / "server.log", "--weights", str(file)) as server:
-        segment = Answers(server, "http")
-        before = segment(PHOTO)
-        file.write_bytes(b"half an upload")
-        np.testing.assert_array_equal(segment(PHOTO)["segmented"], before["segmented"])
-        file.unlink()
-        np.testing.assert_array_equal(segment(PHOTO)["segmented"], before["segmented"])
 
 
 def connect(server: Server, share: float) -> socket.socket:
