@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmark import free_ports  # noqa: E402 - the project is no package
+from server import kill  # noqa: E402
 
 MODEL_NAME = "ResNet101"
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -78,8 +79,7 @@ class Server:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if "multiprocessing" not in " ".join(process.cmdline()):
                     process.kill()
-        for process in psutil.wait_procs(self.family(), timeout=1)[1]:
-            process.kill()
+        kill(psutil.wait_procs(self.family(), timeout=1)[1])
         self.process.wait()
         for segment in self.segments():
             segment.unlink(missing_ok=True)
@@ -104,9 +104,16 @@ class Server:
 
     def metric(self, name: str) -> int:
         """Return the sum of one of Triton's metrics, ``nv_inference_`` and the name."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics") as response:
-            lines = response.read().decode().splitlines()
+        lines = get(self.metrics_port, "/metrics").splitlines()
         return int(sum(float(line.split()[-1]) for line in lines if line.startswith(f"nv_inference_{name}{{")))
+
+    def memory(self) -> int:
+        """Return the bytes that its processes have, those that they share counted once."""
+        return sum(process.memory_full_info().pss for process in self.family())
+
+    def process_named(self, name: str) -> psutil.Process:
+        """Return one of its processes whose name begins like this."""
+        return next(process for process in self.family() if process.name().startswith(name))
 
     def family(self) -> list[psutil.Process]:
         """Return the processes of the server: they all inherit its home."""
@@ -132,6 +139,12 @@ class Server:
             *sorted(set(Path("/dev/shm").glob("psm_*")) - self.segments_before - set(segments_in_use())),
             *map(str, self.home.glob("workspace_*")),
         ]
+
+
+def get(port: int, path: str) -> str:
+    """Return what ``http://127.0.0.1:port/path`` says, or raise."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as response:
+        return response.read().decode()
 
 
 def segments_in_use() -> Iterator[Path]:

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import MODEL_NAME, ROOT, SAMPLES, Answers, Server, free_ports, running_server
+from conftest import MODEL_NAME, ROOT, SAMPLES, Answers, Server, free_ports, get, running_server
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
@@ -29,12 +28,6 @@ MANIFESTS = list(yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_t
 )
 def test_manifests_are_what_kubernetes_takes(manifest):
     kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
-
-
-def get(port: int, path: str) -> str:
-    """Return what ``http://127.0.0.1:port/path`` says, or raise."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as response:
-        return response.read().decode()
 
 
 def test_the_deployment_is_of_this_server(server: Server):

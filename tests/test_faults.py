@@ -69,7 +69,7 @@ def test_instances_that_miss_each_other_are_started_again(tmp_path):
 
 def test_triton_killed_ends_the_server_with_an_error(tmp_path):
     with running_server(tmp_path / "server.log", "--weights", "demo") as server:
-        next(process for process in server.family() if process.name() == "tritonserver").kill()
+        server.process_named("tritonserver").kill()
         assert server.process.wait(timeout=30) == 1
         assert server.log.read_text().splitlines()[-1].startswith("server.py: Triton ended by itself")
         assert server.left_behind() == []
@@ -92,7 +92,7 @@ def test_a_worker_killed_ends_the_server_with_an_error(tmp_path):
 
 def test_a_helper_of_triton_killed_ends_the_server_with_an_error(tmp_path):
     with running_server(tmp_path / "server.log", "--weights", "demo") as server:
-        next(process for process in server.family() if process.name().startswith("triton_python")).kill()
+        server.process_named("triton_python").kill()
         assert server.process.wait(timeout=30) == 1
         assert "CRITICAL server: one of Triton's helper processes has ended" in server.log.read_text()
         assert server.left_behind() == []
@@ -218,7 +218,7 @@ def hang_up(connection: socket.socket) -> None:
 
 def test_clients_that_give_up_or_do_not_read(tmp_path):
     with running_server(tmp_path / "server.log", "--weights", "demo", "--max-queue", "100") as server:
-        tritonserver = next(process for process in server.family() if process.name() == "tritonserver")
+        tritonserver = server.process_named("tritonserver")
         Answers(server, "http")(PHOTO)
         before = tritonserver.num_fds()
         half, slow, gone = ([connect(server, share) for _ in range(5)] for share in (0.5, 1, 1))

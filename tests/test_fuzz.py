@@ -9,6 +9,7 @@ import random
 import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SAMPLES, Answers, Server, decode, encode, running_server, sentence
@@ -52,15 +53,11 @@ def damage(encoded: bytes, dice: random.Random) -> bytes:
     return bytes(data) or b"x"
 
 
-@pytest.fixture(scope="module")
-def fuzzed(tmp_path_factory: pytest.TempPathFactory):
-    with running_server(tmp_path_factory.mktemp("fuzz") / "server.log", "--weights", "demo") as server:
+@pytest.fixture
+def fuzzed(tmp_path: Path):
+    """A server of its own, whose memory nothing else moves."""
+    with running_server(tmp_path / "server.log", "--weights", "demo") as server:
         yield server
-
-
-def memory(server: Server) -> int:
-    """Return the bytes that the processes of the server have, those that they share counted once."""
-    return sum(process.memory_full_info().pss for process in server.family())
 
 
 @pytest.mark.timeout(120 + COUNT // 20)
@@ -89,11 +86,11 @@ def test_damaged_photos(fuzzed: Server):
     with ThreadPoolExecutor(4) as pool:
         # Heaps fill up first, once: memory is compared from the half on.
         for numbers in (range(COUNT // 2), range(COUNT // 2, COUNT)):
-            halves.append(memory(fuzzed))
+            halves.append(fuzzed.memory())
             outcomes += chain.from_iterable(pool.map(send, (numbers[thread::4] for thread in range(4))))
     for outcome in sorted(set(outcomes)):
         print(f"{outcomes.count(outcome):6d} {outcome}")  # see it with pytest -rP
-    at_start, at_half, at_end = *halves, memory(fuzzed)
+    at_start, at_half, at_end = *halves, fuzzed.memory()
     print(f"the server's memory: {at_start / 1e6:.0f} MB, {at_half / 1e6:.0f} at half, {at_end / 1e6:.0f} at the end")
     # tritonserver keeps 1.4 KB of each failed request.
     assert at_end - at_half < 2e6 * len(fuzzed.family()) + 3000 * COUNT / 2

@@ -154,7 +154,7 @@ def test_pretrained_weights_that_cannot_be_had(tmp_path):
     said = start_up_failure(
         "--weights", "pretrained", cwd=tmp_path, environment=OFFLINE | {"TORCH_HOME": str(tmp_path)}
     )
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 15
     assert PRETRAINED.url in said
     assert str(tmp_path / "hub" / "checkpoints" / "deeplabv3_resnet101_coco-586e9e4e.pth") in said
 
@@ -209,7 +209,7 @@ def test_start_up_says_what_it_does(server):
     assert f"grpc://127.0.0.1:{server.grpc_port}" in log
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C in a terminal"])
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "Ctrl-C in a terminal"])
 def test_shut_down_under_load(how, tmp_path):
     # More photos than can be finished: the rest is told so, nothing hangs, and the clients' connections stay open.
     with running_server(tmp_path / "server.log", "--weights", "demo") as server, ThreadPoolExecutor(40) as pool:

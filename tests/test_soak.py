@@ -85,7 +85,7 @@ def state(server: Server) -> dict[str, float]:
         time.sleep(0.5)
     gpu = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return {
-        "memory, MB": round(sum(process.memory_full_info().pss for process in family) / 1e6),
+        "memory, MB": round(server.memory() / 1e6),
         "/dev/shm, MB": round(shutil.disk_usage("/dev/shm").used / 1e6),
         "GPU memory, MB": int(subprocess.check_output(gpu).split()[0]) if torch.cuda.is_available() else 0,
         "file descriptors": fds,
