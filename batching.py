@@ -10,6 +10,7 @@ import math
 import mmap
 import pickle
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from multiprocessing import get_context
@@ -42,11 +43,12 @@ class Channel:
         """The memory for the arrays of an answer, uint8 ``[response_bytes]``."""
         return self._response.array
 
-    def call(self, array: np.ndarray, message: object) -> dict[str, np.ndarray]:
+    def call(self, array: np.ndarray, message: object, timeout_s: float | None = None) -> dict[str, np.ndarray]:
         """Send a request, wait, and return the answer's arrays, which the next call overwrites.
 
         ``array``: uint8 ``[N]``; ``message``: anything that can be pickled. Raises ValueError where either has no
-        room, ConnectionError where the other process is gone, and whatever that process answers with.
+        room, ConnectionError where the other process is gone, TimeoutError where it takes longer than ``timeout_s``,
+        after which the channel is of no use any more, and whatever that process answers with.
         """
         self._request.write((array.size, message))
         # Not numpy's way to copy, which gives the interpreter lock away, too.
@@ -54,7 +56,12 @@ class Channel:
         if not self._broken:
             self._asked.release()
             self.waiting.release()
-            self._answered.acquire()
+            began = time.monotonic()
+            while not self._answered.acquire(timeout=timeout_s):
+                # Semaphores go by the time of day, which leaps when somebody sets it.
+                if time.monotonic() - began >= timeout_s:
+                    self._broken = True  # an answer that comes late is not the next call's
+                    raise TimeoutError
         if self._broken:
             raise ConnectionError("the process that answers is gone")
         answer = self._response.read()

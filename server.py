@@ -52,6 +52,9 @@ DRAIN_S = 2
 MAX_QUEUE = {"cuda": 512, "cpu": 12}
 MAX_WAIT_S = 60
 
+# What the worker never needs for a photo, unless it hangs: a GPU may do so without any error.
+MAX_WORK_S = 300
+
 # The instances ask the first of them, through a socket, where their memory is. On a busy machine they may do so when it
 # has a name but nobody listens yet, or get no answer within the second that PyTriton gives them.
 MISSED = re.compile("ConnectionRefusedError|BlockingIOError|waiting for config file")
@@ -69,7 +72,7 @@ LOGGER = logging.getLogger("server")
 
 
 class TritonError(Exception):
-    """Triton did not start or ended by itself; the message is one line."""
+    """Triton did not start; the message is one line."""
 
 
 class InstancesMissedEachOther(TritonError):
@@ -178,11 +181,15 @@ class InferenceCallable:
         if encoded.size > self._max_bytes:
             raise InvalidRequest(f"the photo has {encoded.size} bytes, this server takes {self._max_bytes} at most")
         try:
-            return self._channel.call(encoded, (request.parameters or {}, request.requested_output_names))
+            message = request.parameters or {}, request.requested_output_names
+            return self._channel.call(encoded, message, timeout_s=MAX_WORK_S)
         except ValueError:
             raise InvalidRequest("the request's parameters are too long") from None
         except ConnectionError:
             raise InferenceFailed("the server ends, and its worker process is gone: try again later") from None
+        except TimeoutError:
+            self._shutdown.fail(f"a worker has not answered for {MAX_WORK_S} s: it hangs, and the server ends")
+            raise InferenceFailed("the server took too long for this photo, and ends: try again later") from None
 
 
 @contextlib.contextmanager
@@ -253,7 +260,7 @@ def serve_callables(
                     f"http://{options.address}:{options.metrics_port}/metrics"
                 )
                 triton.serve(monitoring_period_s=1)
-                raise TritonError("Triton ended by itself; --verbose shows its log")
+                shutdown.fail("Triton has ended, and with it the server does; --verbose shows its log")
         except InstancesMissedEachOther as error:
             if attempt == START_ATTEMPTS - 1:
                 raise

@@ -82,7 +82,9 @@ class Worker:
             status = self._status.recv()
         except EOFError:
             self._process.join()
-            raise StartError(f"the worker process ended at its start ({self.exit_code})") from None
+            code = self._process.exitcode
+            how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+            raise StartError(f"the worker process ended at its start ({how})") from None
         if isinstance(status, StartError):
             raise status
         return status
@@ -93,16 +95,10 @@ class Worker:
         for channel in self.channels:
             channel.break_off()
 
-    @property
-    def exit_code(self) -> str:
-        """Say how the process ended."""
-        code = self._process.exitcode
-        return f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
-
     def stop(self) -> None:
         """End the process, whatever it does."""
         self._process.kill()
-        self._process.join()
+        self._process.join(timeout=5)  # one that waits for a driver that hangs cannot be killed
 
 
 def _work(

@@ -68,10 +68,28 @@ def test_instances_that_miss_each_other_are_started_again(tmp_path):
 
 
 def test_triton_killed_ends_the_server_with_an_error(tmp_path):
-    with running_server(tmp_path / "server.log", "--weights", "demo") as server:
+    arguments = ("--weights", "demo", "--instances", "1")
+    with running_server(tmp_path / "server.log", *arguments) as server, ThreadPoolExecutor(2) as pool:
+        server.workers()[0].suspend()  # the end does not wait for it
+        clients = [pool.submit(ask_until_refused, server, "grpc", PHOTO) for _ in range(2)]
+        while server.metric("pending_request_count") < 1:  # the other one is in work
+            time.sleep(0.05)
         server.process_named("tritonserver").kill()
         assert server.process.wait(timeout=30) == 1
-        assert server.log.read_text().splitlines()[-1].startswith("server.py: Triton ended by itself")
+        assert "CRITICAL server: Triton has ended" in server.log.read_text()
+        assert [client.result()[0] for client in clients] == [0, 0]
+        assert server.left_behind() == []
+
+
+def test_a_worker_that_hangs_ends_the_server_with_an_error(tmp_path):
+    script = patched_server(tmp_path, "server.MAX_WORK_S = 2")
+    with running_server(tmp_path / "server.log", "--weights", "demo", script=script) as server:
+        server.workers()[0].suspend()  # as where the GPU hangs
+        good, said = ask_until_refused(server, "http", PHOTO)
+        assert good == 0
+        assert "InferenceFailed: the server took too long for this photo" in said
+        assert server.process.wait(timeout=30) == 1
+        assert "CRITICAL server: a worker has not answered for 2 s" in server.log.read_text()
         assert server.left_behind() == []
 
 

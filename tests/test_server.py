@@ -247,7 +247,7 @@ def test_started_in_the_background_of_a_shell(tmp_path):
     command = (
         f"{sys.executable} {ROOT / 'server.py'} --weights demo --http-port {http_port} --grpc-port {grpc_port} "
         f"--metrics-port {metrics_port} > log 2>&1 & server=$!; "
-        "until grep -q 'ready: model' log; do sleep 0.1; kill -0 $server || exit 3; done; "
+        "until grep -q 'device: ' log; do sleep 0.1; kill -0 $server || exit 3; done; "
         "kill -INT $server; wait $server"
     )
     assert subprocess.run(["sh", "-c", command], cwd=tmp_path, timeout=90, check=False).returncode == 0
