@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from multiprocessing import get_context
 from multiprocessing.synchronize import Semaphore
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -29,9 +30,13 @@ class Channel:
     it again, once or twice more for each request: that cost a tenth of the server's throughput.
     """
 
-    def __init__(self, request_bytes: int, response_bytes: int, waiting: Semaphore):
-        """``waiting``: counts the requests that wait, in this and other channels."""
+    def __init__(self, request_bytes: int, response_bytes: int, waiting: Semaphore, pulse: SimpleNamespace):
+        """For this and other channels of a batcher, ``waiting`` counts the requests that wait.
+
+        ``pulse.answered``: when the last of any was answered, in seconds of ``time.monotonic``.
+        """
         self.waiting = waiting
+        self._pulse = pulse
         self._asked = FORK.Semaphore(0)
         self._answered = FORK.Semaphore(0)
         self._request = _Memory(request_bytes)
@@ -47,8 +52,8 @@ class Channel:
         """Send a request, wait, and return the answer's arrays, which the next call overwrites.
 
         ``array``: uint8 ``[N]``; ``message``: anything that can be pickled. Raises ValueError where either has no
-        room, ConnectionError where the other process is gone, TimeoutError where it takes longer than ``timeout_s``,
-        after which the channel is of no use any more, and whatever that process answers with.
+        room, ConnectionError where the other process is gone, TimeoutError where it has not answered anybody for
+        ``timeout_s``, after which the channel is of no use any more, and whatever that process answers with.
         """
         self._request.write((array.size, message))
         # Not numpy's way to copy, which gives the interpreter lock away, too.
@@ -59,9 +64,10 @@ class Channel:
             began = time.monotonic()
             while not self._answered.acquire(timeout=timeout_s):
                 # Semaphores go by the time of day, which leaps when somebody sets it.
-                if time.monotonic() - began >= timeout_s:
+                if time.monotonic() - max(began, self._pulse.answered) >= timeout_s:
                     self._broken = True  # an answer that comes late is not the next call's
                     raise TimeoutError
+            self._pulse.answered = time.monotonic()
         if self._broken:
             raise ConnectionError("the process that answers is gone")
         answer = self._response.read()
@@ -91,8 +97,8 @@ class Channel:
 
 def open_channels(count: int, request_bytes: int, response_bytes: int) -> list[Channel]:
     """Return channels for one batcher, to be made before its process is forked."""
-    waiting = FORK.Semaphore(0)
-    return [Channel(request_bytes, response_bytes, waiting) for _ in range(count)]
+    waiting, pulse = FORK.Semaphore(0), SimpleNamespace(answered=-math.inf)
+    return [Channel(request_bytes, response_bytes, waiting, pulse) for _ in range(count)]
 
 
 class _Memory:

@@ -21,7 +21,7 @@ class Segmenter:
         device = network.device
         threads = min(max_batch_size, os.cpu_count() or 1)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        with torch.cuda.stream(self._stream):
+        with self._on_device():
             self._preprocess = Preprocess(device, input_size, max_batch_size, threads)
             self._network = network if self._stream is None else GraphedNetwork(network, input_size, max_batch_size)
             self._postprocess = Postprocess(device, max_batch_size, threads)
@@ -31,7 +31,7 @@ class Segmenter:
 
         Raises InvalidRequest where one of the photos cannot be decoded.
         """
-        with torch.cuda.stream(self._stream):
+        with self._on_device():
             with nvtx.range("preprocess"):
                 photos, images = self._preprocess([request.encoded for request in requests])
             outputs = {"original": photos}
@@ -52,6 +52,12 @@ class Segmenter:
             with nvtx.range("wait"):
                 self._stream.synchronize()
         return answers
+
+    def _on_device(self) -> torch.cuda.StreamContext:
+        if self._stream is not None:
+            # The stream's end selects the GPU that was before, and a context is made there: by default on the first.
+            torch.cuda.set_device(self._stream.device)
+        return torch.cuda.stream(self._stream)
 
 
 class HostMemory:
@@ -78,5 +84,7 @@ class HostMemory:
         cudart, pointer = torch.cuda.cudart(), self._array.ctypes.data
         if self._pinned:
             torch.cuda.check_error(cudart.cudaHostUnregister(pointer))
-        self._pinned = min(len(self._array), 1 << (size - 1).bit_length())
-        torch.cuda.check_error(cudart.cudaHostRegister(pointer, self._pinned, 0))
+            self._pinned = 0
+        size = min(len(self._array), 1 << (size - 1).bit_length())
+        torch.cuda.check_error(cudart.cudaHostRegister(pointer, size, 0))
+        self._pinned = size

@@ -42,7 +42,7 @@ from pytriton.triton import Triton, TritonConfig
 
 from batching import Channel, open_channels
 from request import InferenceFailed, InvalidRequest, RequestError
-from worker import INSTANCES, Ready, StartError, Worker, name_devices
+from worker import INSTANCES, Ready, StartError, Worker, WorkerError, max_photo_bytes, name_devices
 
 MODEL_NAME = "ResNet101"
 # `docker stop` leaves 10 s. Photos in flight get 2 of them; then Triton waits as long for clients to close connections.
@@ -52,7 +52,7 @@ DRAIN_S = 2
 MAX_QUEUE = {"cuda": 512, "cpu": 12}
 MAX_WAIT_S = 60
 
-# What the worker never needs for a photo, unless it hangs: a GPU may do so without any error.
+# A worker that answers nobody for so long hangs: a GPU may do so without any error.
 MAX_WORK_S = 300
 
 # The instances ask the first of them, through a socket, where their memory is. On a busy machine they may do so when it
@@ -158,7 +158,7 @@ class InferenceCallable:
     """One instance of the model: PyTriton calls it in a thread of its own, with one request at a time."""
 
     def __init__(self, channel: Channel, max_bytes: int, shutdown: Shutdown):
-        """``channel``: to the worker, for this instance alone; ``max_bytes``: what it carries of a photo."""
+        """``channel``: to the worker, for this instance alone; ``max_bytes``: of a photo, what is room for."""
         self._channel = channel
         self._max_bytes = max_bytes
         self._shutdown = shutdown
@@ -179,7 +179,10 @@ class InferenceCallable:
     def _segment(self, request: Request) -> dict[str, np.ndarray]:
         encoded = request.data["image"][0]
         if encoded.size > self._max_bytes:
-            raise InvalidRequest(f"the photo has {encoded.size} bytes, this server takes {self._max_bytes} at most")
+            raise InvalidRequest(
+                f"the photo has {encoded.size} bytes, more than the {self._max_bytes} that this server takes: "
+                "save it as a JPEG, or make it smaller"
+            )
         try:
             message = request.parameters or {}, request.requested_output_names
             return self._channel.call(encoded, message, timeout_s=MAX_WORK_S)
@@ -196,10 +199,8 @@ class InferenceCallable:
 def segmentation(options: argparse.Namespace, shutdown: Shutdown) -> Iterator[tuple[list[Callable], Ready]]:
     """Start a worker for each device; yield a callable for each instance, and what the workers say of themselves.
 
-    Raises StartError.
+    Raises StartError and WorkerError.
     """
-    # A file may be larger than its pixels alone: 16 bits a channel, transparency, other pictures inside.
-    max_bytes = 8 * options.max_pixels + (1 << 20)
     max_instances = options.instances or max(INSTANCES.values())
     workers: list[Worker] = []
     try:
@@ -207,17 +208,19 @@ def segmentation(options: argparse.Namespace, shutdown: Shutdown) -> Iterator[tu
         shm_bytes = shutil.disk_usage("/dev/shm").free // len(devices)
         for device in devices:
             try:
-                channels = open_channels(max_instances, max_bytes, response_bytes=2 * 3 * options.max_pixels)
+                channels = open_channels(
+                    max_instances, max_photo_bytes(options.max_pixels), response_bytes=2 * 3 * options.max_pixels
+                )
             except (OSError, OverflowError) as error:
                 raise StartError(f"--max-pixels {options.max_pixels}: no memory for such photos ({error})") from error
             workers.append(Worker(options, device, channels, shm_bytes))
             # PyTriton waits for its callables, which wait for the worker.
-            shutdown.at_time_out.append(workers[-1].stop)
+            shutdown.at_time_out.append(workers[-1].kill)
         said = [worker.wait_until_ready() for worker in workers]
         for worker in workers:
             threading.Thread(target=fail_without, args=(worker, shutdown), daemon=True).start()
         callables = [
-            InferenceCallable(channel, max_bytes, shutdown)
+            InferenceCallable(channel, ready.max_bytes, shutdown)
             for worker, ready in zip(workers, said, strict=True)
             for channel in worker.channels[: ready.instances]
         ]
@@ -225,7 +228,10 @@ def segmentation(options: argparse.Namespace, shutdown: Shutdown) -> Iterator[tu
     finally:
         shutdown.finish()
         for worker in workers:
-            worker.stop()
+            worker.kill()
+        if not all(worker.join(timeout_s=2) for worker in workers):
+            LOGGER.critical("a worker cannot be killed: its GPU's driver hangs")
+            os._exit(1)  # Python would wait for it
 
 
 def fail_without(worker: Worker, shutdown: Shutdown) -> None:
@@ -235,7 +241,7 @@ def fail_without(worker: Worker, shutdown: Shutdown) -> None:
 
 
 def serve(options: argparse.Namespace, shutdown: Shutdown, build: Callable = segmentation) -> None:
-    """Serve until a signal ends the process. Raises StartError and TritonError.
+    """Serve until a signal ends the process. Raises StartError, WorkerError and TritonError.
 
     ``build``: makes the callables; ``benchmark.py`` has others, to compare with.
     """
@@ -541,7 +547,7 @@ def run(options: argparse.Namespace, build: Callable = segmentation) -> None:
     except StartError as error:
         print(f"server.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except TritonError as error:
+    except (TritonError, WorkerError) as error:
         print(f"server.py: {error}", file=sys.stderr)
         sys.exit(1)
 

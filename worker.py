@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import math
 import os
 import signal
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import Pipe, connection
 from pathlib import Path
@@ -37,11 +39,17 @@ INSTANCES = {"cuda": 12, "cpu": 1}
 MAX_BATCH_SIZE = {"cuda": 4, "cpu": 1}
 THREADS = {"cuda": 2, "cpu": 1}
 
-# What PyTriton and Triton need of /dev/shm, and die of a bus error without: for an instance what Triton's pool has from
-# the start, for a pixel up to 12 bytes in PyTriton's store and 9 in that pool. Measured with photos that grow, after
-# which both keep room that they cannot use any more.
-SHM_BYTES_PER_INSTANCE = 5_000_000
-SHM_BYTES_PER_PIXEL = 21
+# Of an encoded photo: the best JPEG of nothing but noise has as much, and a camera writes something into the header.
+MAX_BYTES_PER_PIXEL = 2
+MAX_HEADER_BYTES = 1 << 20
+
+# What PyTriton and Triton need of /dev/shm, and die of a bus error without. Triton's pool has 4 MB for an instance from
+# the start, and takes the encoded photo and both pictures, with gaps: 1.3 times their bytes, measured. PyTriton's store
+# takes them in segments of powers of two that it keeps: after photos that grow, three times their bytes.
+SHM_BYTES_PER_INSTANCE = 5_000_000 + 4 * MAX_HEADER_BYTES
+SHM_BYTES_PER_PIXEL = math.ceil((1.3 + 3) * (2 * 3 + MAX_BYTES_PER_PIXEL))
+
+PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 LOGGER = logging.getLogger("server")
 WARM_UP_PHOTO = Path(__file__).parent / "images" / "orig.jpg"
@@ -51,12 +59,20 @@ class StartError(Exception):
     """The server cannot start, and the user can do something about it; the message is one line."""
 
 
+class WorkerError(Exception):
+    """The worker failed at its start, which may go well the next time; the message is one line."""
+
+
 @dataclass(frozen=True)
 class Ready:
-    """What the worker found out: the type of its device, how many channels it serves, what to warn the user of."""
+    """What the worker found out of its device, its share of /dev/shm and its weights.
+
+    ``instances``: how many channels it serves; ``max_bytes``: of a photo; ``warnings``: for the user, a line each.
+    """
 
     device_type: str
     instances: int
+    max_bytes: int = 0
     warnings: Sequence[str] = ()
 
 
@@ -77,15 +93,15 @@ class Worker:
         worker_end.close()
 
     def wait_until_ready(self) -> Ready:
-        """Return what it found out. Raises StartError."""
+        """Return what it found out. Raises StartError and WorkerError."""
         try:
             status = self._status.recv()
         except EOFError:
             self._process.join()
             code = self._process.exitcode
             how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-            raise StartError(f"the worker process ended at its start ({how})") from None
-        if isinstance(status, StartError):
+            raise WorkerError(f"the worker process ended at its start ({how})") from None
+        if isinstance(status, Exception):
             raise status
         return status
 
@@ -95,10 +111,14 @@ class Worker:
         for channel in self.channels:
             channel.break_off()
 
-    def stop(self) -> None:
-        """End the process, whatever it does."""
+    def kill(self) -> None:
+        """Have the process end, whatever it does."""
         self._process.kill()
-        self._process.join(timeout=5)  # one that waits for a driver that hangs cannot be killed
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait until the process has ended, and return whether it has."""
+        self._process.join(timeout_s)
+        return not self._process.is_alive()
 
 
 def _work(
@@ -113,24 +133,20 @@ def _work(
     # The server says when it is over: Ctrl-C in a terminal reaches this process, too, which has photos to finish.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # where the server is killed, this process is, too
     server_end.close()
-    threading.Thread(target=_end_with_the_server, args=(status,), daemon=True).start()
     try:
-        batcher, ready = _build(options, pick_device(device), channels, shm_bytes)
+        try:
+            batcher, ready = _build(options, pick_device(device), channels, shm_bytes)
+        except RuntimeError as error:  # torch's and DALI's, of a GPU whose memory others have above all
+            raise WorkerError(f"the worker failed at its start: {str(error).strip().splitlines()[0]}") from error
         status.send(ready)
         batcher.run()
-    except StartError as error:
+    except (StartError, WorkerError) as error:
         status.send(error)
     except BaseException:
         LOGGER.exception("the worker failed")
     os._exit(1)
-
-
-def _end_with_the_server(status: connection.Connection) -> None:
-    # Where the server was killed, its end of the pipe is closed without a word.
-    with contextlib.suppress(EOFError):
-        status.recv()
-    os._exit(0)
 
 
 def _build(
@@ -170,7 +186,8 @@ def _build(
         return InferenceFailed("the server failed at this photo and logged why: try again later")
 
     batcher = Batcher(list(memories), read, segmenters, explain, max_batch_size)
-    return batcher, Ready(device.type, instances, tuple(filter(None, (shm_warning, weights.warning))))
+    warnings = tuple(filter(None, (shm_warning, weights.warning)))
+    return batcher, Ready(device.type, instances, max_photo_bytes(max_pixels), warnings)
 
 
 def _load_weights(options: argparse.Namespace) -> Weights:
@@ -201,6 +218,11 @@ def _build_network(
         network = SegmentationNetwork(state_dict, device, precision)
     LOGGER.info("precision: %s", precision)
     return network
+
+
+def max_photo_bytes(max_pixels: int) -> int:
+    """Return the most bytes that an encoded photo may have."""
+    return max_pixels * MAX_BYTES_PER_PIXEL + MAX_HEADER_BYTES
 
 
 def fit_shared_memory(instances: int, max_pixels: int, free: int) -> tuple[int, int, str]:
@@ -238,8 +260,10 @@ def name_devices(choice: str) -> list[str]:
     """Return the devices that ``--device`` means, one for each worker. Raises StartError."""
     if choice != "all":
         return choice.split(",")
-    with FORK.Pool(1) as pool:  # in another process: CUDA would not survive the fork of the workers
-        gpus = pool.apply(_count_gpus)
+    gpus = 0
+    # In another process, which may die of its driver: CUDA would not survive the fork of the workers.
+    with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(1, mp_context=FORK) as pool:
+        gpus = pool.submit(_count_gpus).result()
     if not gpus:
         raise StartError("--device all: torch finds no CUDA device here; see nvidia-smi and the driver's version")
     return [f"cuda:{index}" for index in range(gpus)]

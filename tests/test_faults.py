@@ -163,6 +163,25 @@ def test_a_lost_gpu_ends_the_server_with_an_error(tmp_path):
         assert server.left_behind() == []
 
 
+FULL_GPU = """
+import segmentation
+
+def no_memory(self, *_):
+    raise RuntimeError("CUDA out of memory. Tried to allocate 20 MiB.\\nAnd advice.")
+
+segmentation.Segmenter.__init__ = no_memory
+"""
+
+
+def test_a_worker_that_cannot_start_is_one_line(tmp_path):
+    script = patched_server(tmp_path, FULL_GPU)
+    with Server(tmp_path / "server.log", "--weights", "demo", script=script) as server:
+        assert server.process.wait(timeout=60) == 1
+        log = server.log.read_text()
+        assert log.splitlines()[-1].startswith("server.py: the worker failed at its start: CUDA out of memory.")
+        assert "Traceback" not in log
+
+
 NEIGHBOUR = """
 import sys, torch
 taken, size = [], 1 << 30
