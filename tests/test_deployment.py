@@ -36,6 +36,9 @@ def test_the_deployment_is_of_this_server(server: Server):
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
     assert container["startupProbe"]["httpGet"]["path"] == f"/v2/models/{MODEL_NAME}/ready"
+    # Never the demonstration weights, and nothing over those that the image may have.
+    assert "--weights pretrained" in container["args"][-1]
+    assert [volume["mountPath"] for volume in container["volumeMounts"]] == ["/dev/shm"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         get(server.http_port, container[probe]["httpGet"]["path"])
 
