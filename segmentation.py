@@ -55,7 +55,7 @@ class Segmenter:
 
     def _on_device(self) -> torch.cuda.StreamContext:
         if self._stream is not None:
-            # The stream's end selects the GPU that was before, and a context is made there: by default on the first.
+            # Leaving the stream selects the GPU of before, which makes a context there: by default on the first GPU.
             torch.cuda.set_device(self._stream.device)
         return torch.cuda.stream(self._stream)
 

@@ -229,7 +229,7 @@ def segmentation(options: argparse.Namespace, shutdown: Shutdown) -> Iterator[tu
         shutdown.finish()
         for worker in workers:
             worker.kill()
-        if not all(worker.join(timeout_s=2) for worker in workers):
+        if not all(worker.join(timeout_s=10) for worker in workers):
             LOGGER.critical("a worker cannot be killed: its GPU's driver hangs")
             os._exit(1)  # Python would wait for it
 
@@ -266,6 +266,7 @@ def serve_callables(
                     f"http://{options.address}:{options.metrics_port}/metrics"
                 )
                 triton.serve(monitoring_period_s=1)
+                # Sends a signal, which leaves from here.
                 shutdown.fail("Triton has ended, and with it the server does; --verbose shows its log")
         except InstancesMissedEachOther as error:
             if attempt == START_ATTEMPTS - 1:

@@ -87,8 +87,7 @@ class Worker:
         """
         self.channels = channels
         self._status, worker_end = Pipe()
-        arguments = options, device, channels, shm_bytes, worker_end, self._status
-        self._process = FORK.Process(target=_work, args=arguments)
+        self._process = FORK.Process(target=_work, args=(options, device, channels, shm_bytes, worker_end))
         self._process.start()
         worker_end.close()
 
@@ -127,19 +126,19 @@ def _work(
     channels: Sequence[Channel],
     shm_bytes: int,
     status: connection.Connection,
-    server_end: connection.Connection,
 ) -> None:
     """Be the process. It ends by ``os._exit``: Python's own way out would wait for the batcher's threads."""
     # The server says when it is over: Ctrl-C in a terminal reaches this process, too, which has photos to finish.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # where the server is killed, this process is, too
-    server_end.close()
     try:
         try:
             batcher, ready = _build(options, pick_device(device), channels, shm_bytes)
         except RuntimeError as error:  # torch's and DALI's, of a GPU whose memory others have above all
-            raise WorkerError(f"the worker failed at its start: {str(error).strip().splitlines()[0]}") from error
+            LOGGER.debug("the worker failed at its start", exc_info=error)
+            line = str(error).strip().splitlines()[0]
+            raise WorkerError(f"the worker failed at its start: {line}; --verbose shows where") from error
         status.send(ready)
         batcher.run()
     except (StartError, WorkerError) as error:
