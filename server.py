@@ -42,7 +42,16 @@ from pytriton.triton import Triton, TritonConfig
 
 from batching import Channel, open_channels
 from request import InferenceFailed, InvalidRequest, RequestError
-from worker import INSTANCES, Ready, StartError, Worker, WorkerError, max_photo_bytes, name_devices
+from worker import (
+    ANSWER_BYTES_PER_PIXEL,
+    INSTANCES,
+    Ready,
+    StartError,
+    Worker,
+    WorkerError,
+    max_photo_bytes,
+    name_devices,
+)
 
 MODEL_NAME = "ResNet101"
 # `docker stop` leaves 10 s. Photos in flight get 2 of them; then Triton waits as long for clients to close connections.
@@ -209,7 +218,9 @@ def segmentation(options: argparse.Namespace, shutdown: Shutdown) -> Iterator[tu
         for device in devices:
             try:
                 channels = open_channels(
-                    max_instances, max_photo_bytes(options.max_pixels), response_bytes=2 * 3 * options.max_pixels
+                    max_instances,
+                    request_bytes=max_photo_bytes(options.max_pixels),
+                    response_bytes=ANSWER_BYTES_PER_PIXEL * options.max_pixels,
                 )
             except (OSError, OverflowError) as error:
                 raise StartError(f"--max-pixels {options.max_pixels}: no memory for such photos ({error})") from error

@@ -39,6 +39,8 @@ INSTANCES = {"cuda": 12, "cpu": 1}
 MAX_BATCH_SIZE = {"cuda": 4, "cpu": 1}
 THREADS = {"cuda": 2, "cpu": 1}
 
+# Of both pictures together, RGB.
+ANSWER_BYTES_PER_PIXEL = 2 * 3
 # Of an encoded photo: the best JPEG of nothing but noise has as much, and a camera writes something into the header.
 MAX_BYTES_PER_PIXEL = 2
 MAX_HEADER_BYTES = 1 << 20
@@ -47,7 +49,7 @@ MAX_HEADER_BYTES = 1 << 20
 # the start, and takes the encoded photo and both pictures, with gaps: 1.3 times their bytes, measured. PyTriton's store
 # takes them in segments of powers of two that it keeps: after photos that grow, three times their bytes.
 SHM_BYTES_PER_INSTANCE = 5_000_000 + 4 * MAX_HEADER_BYTES
-SHM_BYTES_PER_PIXEL = math.ceil((1.3 + 3) * (2 * 3 + MAX_BYTES_PER_PIXEL))
+SHM_BYTES_PER_PIXEL = math.ceil((1.3 + 3) * (ANSWER_BYTES_PER_PIXEL + MAX_BYTES_PER_PIXEL))
 
 PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
