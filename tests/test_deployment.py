@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import MODEL_NAME, ROOT, SAMPLES, Answers, Server, free_ports, get, running_server
+from conftest import MODEL_NAME, ROOT, SAMPLES, Answers, Server, free_ports, get
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
@@ -85,9 +85,11 @@ def behind_haproxy(tmp_path: Path) -> Iterator[tuple[Server, Server, SimpleNames
     options = ("--weights", "demo", "--device", "cpu")
     http_port, grpc_port, _ = free_ports()
     with (
-        running_server(tmp_path / "a.log", *options) as a,
-        running_server(tmp_path / "b.log", *options) as b,
+        Server(tmp_path / "a.log", *options) as a,
+        Server(tmp_path / "b.log", *options) as b,
     ):
+        a.wait_until_ready()
+        b.wait_until_ready()
         text = (ROOT / "deploy" / "haproxy.cfg").read_text()
         for here, there in {
             "/run/haproxy.sock": f"{tmp_path}/admin",

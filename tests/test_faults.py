@@ -2,11 +2,13 @@
 """What breaks around the server, and what its users see: it goes on, or it ends with an error and is started again."""
 
 import re
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,18 +69,33 @@ def test_instances_that_miss_each_other_are_started_again(tmp_path):
         assert server.left_behind() == []
 
 
-def test_triton_killed_ends_the_server_with_an_error(tmp_path):
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[Server]:
+    """A server whose worker hangs, as where the GPU does; one photo is in work, another one waits."""
     arguments = ("--weights", "demo", "--instances", "1")
     with running_server(tmp_path / "server.log", *arguments) as server, ThreadPoolExecutor(2) as pool:
-        server.workers()[0].suspend()  # the end does not wait for it
-        clients = [pool.submit(ask_until_refused, server, "grpc", PHOTO) for _ in range(2)]
-        while server.metric("pending_request_count") < 1:  # the other one is in work
+        (worker,) = server.workers()
+        worker.suspend()
+        clients = [pool.submit(ask_until_refused, server, protocol, PHOTO) for protocol in ("http", "grpc")]
+        while server.metric("pending_request_count") < 1:
             time.sleep(0.05)
-        server.process_named("tritonserver").kill()
-        assert server.process.wait(timeout=30) == 1
-        assert "CRITICAL server: Triton has ended" in server.log.read_text()
+        yield server
         assert [client.result()[0] for client in clients] == [0, 0]
         assert server.left_behind() == []
+
+
+def test_triton_killed_ends_the_server_with_an_error(hanging: Server):
+    hanging.process_named("tritonserver").kill()
+    assert hanging.process.wait(timeout=30) == 1
+    assert "CRITICAL server: Triton has ended" in hanging.log.read_text()
+
+
+def test_a_photo_that_takes_too_long_does_not_hold_up_the_end(hanging: Server):
+    began = time.monotonic()
+    hanging.process.send_signal(signal.SIGTERM)
+    hanging.process.send_signal(signal.SIGINT)  # from somebody who does not wait
+    assert hanging.process.wait(timeout=30) == 0
+    assert time.monotonic() - began < 10
 
 
 def test_a_worker_that_hangs_ends_the_server_with_an_error(tmp_path):

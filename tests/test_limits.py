@@ -26,7 +26,7 @@ def test_little_shared_memory(tmp_path):
         assert int(instances) == 1
         # Photos that grow up to the limit, and files as large as photos can be, many at once: the server must live.
         noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8))
-        for width in (side // 2, side, side):
+        for width in (side // 4, side // 2, 3 * side // 4, side, side, side):
             encoded = encode(noise.crop((0, 0, width, side)), "JPEG", quality=100)
             with ThreadPoolExecutor(6) as pool:
                 for answer in pool.map(lambda _, encoded=encoded: Answers(server, "grpc")(encoded), range(6)):
