@@ -1,33 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 FROM python:3.11-slim-bookworm
 
-# video: without it the hardware JPEG decoder of the GPU stays off.
+# video: without it, the GPU's hardware JPEG decoder stays off.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \
     PYTHONUNBUFFERED=1
 
-# Whoever runs the container, the server has no rights in it. torch's download cache is in its home: mount a volume there.
+# The server has no privileges, whoever runs the container. To keep torch's download cache, mount a volume on it.
 RUN useradd --create-home --uid 1000 app && install -d -o app /app /home/app/.cache /home/app/.cache/torch
 WORKDIR /app
 
-# The packages first: a change of the code does not install them again. The wheels bring CUDA with them.
+# The packages first, so that a change of the code does not install them again. The wheels include CUDA.
 COPY requirements.txt ./
 RUN pip install --no-cache-dir -r requirements.txt
 
+COPY *.py ./
+COPY serving serving
+COPY weights weights
+COPY images images
 USER 1000
 
-# docker build --build-arg WEIGHTS=pretrained: with torchvision's weights in the image, for machines without a network.
+# docker build --build-arg WEIGHTS=pretrained puts the pretrained weights into the image, for machines without a network.
 ARG WEIGHTS=
-RUN if [ "$WEIGHTS" = pretrained ]; then python -c "from torchvision.models.segmentation import \
-    DeepLabV3_ResNet101_Weights as W; W.COCO_WITH_VOC_LABELS_V1.get_state_dict(progress=False, check_hash=True)"; fi
-
-COPY *.py ./
-COPY images images
-COPY weights weights
+RUN if [ -n "$WEIGHTS" ]; then \
+    python -c "import server, weights.loading; weights.loading.load_weights('$WEIGHTS', server.NETWORK)"; fi
 
 EXPOSE 8000 8001 8002
 
-# Triton's own /v2/health/ready says yes before the model is there.
+# Triton's own /v2/health/ready answers 200 before the model is ready.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/v2/models/ResNet101/ready', timeout=4)"]
 

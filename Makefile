@@ -1,53 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-# make run: serve, segment the sample photos, say where the pictures are.   make test: prove that it works.
+# make run: serve, segment the sample photo, say where the pictures are.   make test: prove that it works.
 
 PYTHON ?= python3
 OUTPUT ?= output
 SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
 BIN := .venv/bin
 
-.PHONY: run serve test docker-test benchmark lint
+.PHONY: run serve test test-long test-all docker-test benchmark lint
 
-# On free ports, to work beside whatever runs already. Whichever ends first decides: the client, as it should, or the
-# server, which then has said why.
 run: .venv/run
-	@set -eu; \
-	read -r http grpc metrics < <($(BIN)/python -c 'import benchmark; print(*benchmark.free_ports())'); \
-	trap 'kill $$(jobs -p) 2>/dev/null || true; wait' EXIT; \
-	$(BIN)/python server.py --http-port $$http --grpc-port $$grpc --metrics-port $$metrics & server=$$!; \
-	$(BIN)/python client.py --url http://127.0.0.1:$$http --init-timeout-s 600 --dump-images --output-dir $(OUTPUT) & \
-	wait -n $$server $$!; \
-	kill $$server; wait $$server; \
-	echo; \
-	echo "images/orig.jpg went through Triton, DALI and DeepLabV3-ResNet101, and its person was cut out. The pictures:"; \
-	echo "    $(OUTPUT)/orig0.jpg  the photo as the server decoded it"; \
-	echo "    $(OUTPUT)/segm0.jpg  the person"
+	@echo "Starting the server, which takes about 15 seconds. The first start may download 233 MB of weights."
+	@$(BIN)/python -m serving.launch server.py -- client.py --init-timeout-s 600 --dump-images --output-dir $(OUTPUT)
+	@echo
+	@echo "The server cut the person out of images/orig.jpg. The pictures:"
+	@echo "    $(OUTPUT)/orig0.jpg  the photo as the server decoded it"
+	@echo "    $(OUTPUT)/segm0.jpg  the person"
 
 serve: .venv/run
 	$(BIN)/python server.py
 
 test: .venv/dev
+	@echo "Running the tests, which takes about 4 minutes on two cores. make test-long runs the others."
 	$(BIN)/python -m pytest
+
+test-long: .venv/dev
+	@echo "Running the long tests: fuzzing, a soak, memory growth, the proxy. This takes about 10 minutes on two cores."
+	$(BIN)/python -m pytest tests/long
+
+# Everything: what to run on a machine with a GPU.
+test-all: .venv/dev
+	$(BIN)/python -m pytest tests
 
 # On a machine with Docker.
 docker-test: .venv/run
 	deploy/docker_test.sh
 
 benchmark: .venv/dev
-	$(BIN)/python benchmark.py --plot benchmark.png
+	$(BIN)/python -m benchmark --plot benchmark.png
 
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Made once, and brought up to date when the requirements change.
+# Of what pip prints, the lines about packages of 100 MB and more.
+LARGE_PACKAGES := 's/^ *(Downloading|Using cached) ([^ ]+) (\([0-9]{3,}.*)/    \1 \2 \3/p; s/^Installing .*/    Unpacking/p'
+
+# Created once, and updated when the requirements change.
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 13) else \
-	    f"Python 3.11 or 3.12 is needed, $(PYTHON) is {sys.version.split()[0]}: make $(MAKECMDGOALS) PYTHON=python3.12")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch $@
+	    f"$(PYTHON) is Python {sys.version.split()[0]}, but 3.11 or 3.12 is required: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	@echo "Installing the packages into .venv: about 8 GB, which takes 2 to 5 minutes."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar off -r requirements.txt | sed -unE $(LARGE_PACKAGES)
+	@touch $@
 
 .venv/dev: requirements-dev.txt .venv/run
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	touch $@
+	@echo "Installing what the tests need on top."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Build the image and run it both ways that the README has: make docker-test. IMAGE: one that is built already; HOST: where
-# Docker runs, if DOCKER_HOST is elsewhere.
+# Builds the image and runs it in both ways that the README shows: make docker-test. Set IMAGE to test an image that exists
+# already, and HOST to the machine that DOCKER_HOST names.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 host=${HOST:-127.0.0.1}
@@ -9,10 +9,10 @@ options=(--rm -d --shm-size 10gb -p 8000:8000 -p 8001:8001 -p 8002:8002)
 if docker info --format '{{.Runtimes}}' | grep -q nvidia; then
     options+=(--gpus all)
 else
-    echo "docker_test.sh: Docker has no NVIDIA runtime: without a GPU" >&2
+    echo "docker_test.sh: Docker has no NVIDIA runtime, so this runs without a GPU" >&2
 fi
 
-# try WHAT OPTION...: run the container with the options, use it, stop it.
+# try WHAT OPTION ...: runs the container with the options, uses it and stops it.
 try() {
     echo "== $1"
     container=$(docker run "${options[@]}" "${@:2}")

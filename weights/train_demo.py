@@ -3,7 +3,7 @@
 
     python weights/train_demo.py [--steps 4000] [--output weights/demo.pt]
 
-Every convolution but the last keeps the random values of ``model_inference.random_convolution``; only the batch-norm
+Every convolution but the last keeps the random values of ``weights.loading.random_convolution``; only the batch-norm
 parameters and the last 1 x 1 convolution learn (Frankle et al. 2020, arXiv:2003.00152, shows how far that goes).
 Prints the intersection over union (IoU) with the reference masks at the server's default threshold.
 """
@@ -22,11 +22,10 @@ from torchvision.transforms import v2
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model_inference import (  # noqa: E402 - the project is no package
-    CLASS_NAMES,
-    PRETRAINED,
-    SegmentationNetwork,
-    build_module,
+from model_inference import SegmentationNetwork, build_module, pretrained_weights  # noqa: E402 - not a package
+from server import NETWORK  # noqa: E402
+from weights.loading import (  # noqa: E402
+    DEMO_PATH,
     fingerprint,
     load_weights,
     network_shapes,
@@ -36,7 +35,8 @@ from model_inference import (  # noqa: E402 - the project is no package
 PHOTOS = {"person": ("orig.jpg", "orig_mask.png"), "cat": ("cat_orig.jpg", "cat_mask.png")}
 INPUT_SIZE = 224
 THRESHOLD = 0.6
-NORMALISE = v2.Normalize(PRETRAINED.transforms().mean, PRETRAINED.transforms().std)
+TRANSFORMS = pretrained_weights(NETWORK).transforms()
+NORMALIZE = v2.Normalize(TRANSFORMS.mean, TRANSFORMS.std)
 
 
 def read_samples() -> list[tuple[str, Image.Image, Image.Image]]:
@@ -65,7 +65,7 @@ def random_grids(count: int, roaming: float, device: torch.device) -> torch.Tens
 
 
 def random_backgrounds(count: int, device: torch.device) -> torch.Tensor:
-    """Return made-up backgrounds ``[N, 3, S, S]`` in 0 to 1: clouds of colour, coarse and fine."""
+    """Return made-up backgrounds ``[N, 3, S, S]`` in 0 to 1: clouds of color, coarse and fine."""
     size = INPUT_SIZE
     clouds = sum(
         functional.interpolate(
@@ -76,13 +76,13 @@ def random_backgrounds(count: int, device: torch.device) -> torch.Tensor:
     return (clouds + torch.rand(count, 3, 1, 1, device=device)).clamp(0, 1)
 
 
-def random_colours(images: torch.Tensor) -> torch.Tensor:
-    """Change gain, gamma, contrast and saturation of ``images`` ``[N, 3, H, W]``; one in ten turns grey."""
+def random_colors(images: torch.Tensor) -> torch.Tensor:
+    """Change gain, gamma, contrast and saturation of ``images`` ``[N, 3, H, W]``; one in ten turns gray."""
     count, device = len(images), images.device
     one = torch.empty(count, 1, 1, 1, device=device)
-    grey = images.mean(dim=1, keepdim=True)
+    gray = images.mean(dim=1, keepdim=True)
     saturation = torch.where(torch.rand_like(one) < 0.1, 0.0, torch.exp(normal(one, 0.2)))
-    images = grey + (images - grey) * saturation
+    images = gray + (images - gray) * saturation
     images = images * torch.exp(normal(torch.empty(count, 3, 1, 1, device=device), 0.08))
     images = (images - 0.5) * torch.exp(normal(one, 0.15)) + 0.5 + normal(one, 0.05)
     images = images.clamp(1e-3, 1) ** torch.exp(normal(one, 0.15))
@@ -102,7 +102,7 @@ class Batches:
         self.labels = torch.from_numpy(np.stack(labels)).to(device)[:, None].float()
 
     def draw(self, count: int, roaming: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return normalised images ``[N, 3, S, S]`` and labels ``[N, S, S]``; see :func:`random_grids`."""
+        """Return normalized images ``[N, 3, S, S]`` and labels ``[N, S, S]``; see :func:`random_grids`."""
         device = self.photos.device
         which = torch.arange(count, device=device) % 2
         grids = random_grids(count, roaming, device)
@@ -111,20 +111,20 @@ class Batches:
         outside = functional.grid_sample(torch.ones_like(self.labels[which]), grids, align_corners=False) < 0.5
         new_background = (torch.rand(count, 1, 1, 1, device=device) < 0.25) & (labels == 0)
         images = torch.where(outside | new_background, random_backgrounds(count, device), photos)
-        return NORMALISE(random_colours(images)), labels[:, 0].long()
+        return NORMALIZE(random_colors(images)), labels[:, 0].long()
 
 
 def train(drawn: dict[str, torch.Tensor], steps: int, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Train all but ``drawn`` and return it in fp16: batch norm's parameters and statistics, the last convolution."""
     torch.manual_seed(0)
-    shapes = network_shapes()
+    shapes = network_shapes(NETWORK)
     start = {
         name: torch.ones(shape) if name.endswith(("weight", "var")) else torch.zeros(shape)
         for name, shape in shapes.items()
     }
     start["classifier.4.weight"] = 0.01 * torch.randn(shapes["classifier.4.weight"])
     start = {name: value.long() if name.endswith("num_batches_tracked") else value for name, value in start.items()}
-    network = build_module(start | drawn).to(device, memory_format=torch.channels_last)
+    network = build_module(NETWORK, start | drawn).to(device, memory_format=torch.channels_last)
 
     learning = [value.requires_grad_(name not in drawn) for name, value in network.named_parameters()]
     learning = [value for value in learning if value.requires_grad]
@@ -132,7 +132,7 @@ def train(drawn: dict[str, torch.Tensor], steps: int, batch_size: int, device: t
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
     batches = Batches(device)
     network.train()
-    network.classifier[0].project[-1].p = 0.0  # no dropout: there is nothing to generalise to
+    network.classifier[0].project[-1].p = 0.0  # no dropout: there is nothing to generalize to
     began = time.monotonic()
     for step in range(1, steps + 1):
         # Wide at first, for features that hold; close to what is served at last, for the outline.
@@ -154,19 +154,19 @@ def draw_convolutions() -> dict[str, torch.Tensor]:
     """Return the weights of all convolutions but the last, as the server draws them, too."""
     return {
         name: random_convolution(name, shape)
-        for name, shape in network_shapes().items()
+        for name, shape in network_shapes(NETWORK).items()
         if len(shape) == 4 and name != "classifier.4.weight"
     }
 
 
 def report(path: Path, device: torch.device) -> None:
     """Print the scores of the file at ``path`` with Pillow's resizing; the tests measure them through the server."""
-    network = SegmentationNetwork(load_weights("demo", path).state_dict, device)
+    network = SegmentationNetwork(NETWORK, load_weights("demo", NETWORK, path), device)
 
     def cut_out(photo: Image.Image, class_name: str) -> np.ndarray:
         small = photo.resize((INPUT_SIZE, INPUT_SIZE), Image.Resampling.BILINEAR)
-        images = NORMALISE(v2.functional.to_dtype(v2.functional.pil_to_tensor(small), torch.float32, scale=True))[None]
-        probability = network(images)[:, [CLASS_NAMES.index(class_name)]]
+        images = NORMALIZE(v2.functional.to_dtype(v2.functional.pil_to_tensor(small), torch.float32, scale=True))[None]
+        probability = network(images)[:, [network.class_names.index(class_name)]]
         size = photo.size[::-1]
         return (functional.interpolate(probability, size=size, mode="bilinear")[0, 0] > THRESHOLD).cpu().numpy()
 
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=ROOT / "weights" / "demo.pt")
+    parser.add_argument("--output", type=Path, default=DEMO_PATH)
     options = parser.parse_args()
     drawn = draw_convolutions()
     trained = train(drawn, options.steps, options.batch_size, options.device)

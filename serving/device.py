@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the devices that ``--device`` means, and hides what differs between a GPU and a CPU.
+
+torch takes seconds to import. It is imported only where a GPU may be involved.
+"""
+
+import contextlib
+import logging
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from serving.channel import FORK
+from serving.errors import UsageError
+
+LOGGER = logging.getLogger("server")
+
+
+def list_devices(choice: str) -> list[str]:
+    """Return the devices that ``--device`` names, one for each worker. Raises UsageError."""
+    if choice != "all":
+        return choice.split(",")
+    gpus = 0
+    # In another process, because CUDA would not survive the fork of the workers and a broken driver may crash.
+    with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(1, mp_context=FORK) as pool:
+        gpus = pool.submit(_count_gpus).result()
+    if not gpus:
+        raise UsageError("--device all: torch finds no CUDA device; nvidia-smi shows GPUs and the driver's version")
+    return [f"cuda:{index}" for index in range(gpus)]
+
+
+def resolve_device(choice: str) -> str:
+    """Return ``cpu`` or ``cuda:N`` for one of :func:`list_devices`. Raises UsageError."""
+    if choice == "cpu" or (choice == "auto" and not _count_gpus()):
+        LOGGER.info("device: CPU")
+        return "cpu"
+    import torch
+
+    index = torch.device(choice if choice != "auto" else "cuda").index or 0
+    if index >= (gpus := _count_gpus()):
+        raise UsageError(
+            f"--device {choice}: torch finds {gpus} CUDA devices; nvidia-smi shows GPUs and the driver's version"
+        )
+    LOGGER.info("device: %s", torch.cuda.get_device_name(index))
+    return f"cuda:{index}"
+
+
+def _count_gpus() -> int:
+    import torch
+
+    # With a driver too old for this torch, device_count() counts GPUs that cannot be used.
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def check_device(device: str) -> None:
+    """Raise RuntimeError if a CUDA error has made the GPU unusable for this process."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+class CpuStream:
+    """Stands in for a CUDA stream: on a CPU everything happens in order anyway."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class CudaStream:
+    """A CUDA stream that torch and DALI use inside a ``with`` block. Belongs to one thread at a time."""
+
+    def __init__(self, device: str):
+        import torch
+
+        self._stream = torch.cuda.Stream(device)
+        # Waiting for a stream would spin on a CPU core until the GPU is done; waiting for such an event sleeps.
+        self._done = torch.cuda.Event(blocking=True)
+        self._context = torch.cuda.stream(self._stream)
+
+    def __enter__(self) -> None:
+        import torch
+
+        # On exit torch selects the previous GPU. Without this it would be the first one, and get a context there.
+        torch.cuda.set_device(self._stream.device)
+        self._context.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
+
+    def wait(self) -> None:
+        """Return when the GPU has done everything in this stream."""
+        self._done.record(self._stream)
+        self._done.synchronize()
+
+
+def open_stream(device: str) -> CpuStream | CudaStream:
+    """Return a stream on the device."""
+    return CpuStream() if device == "cpu" else CudaStream(device)

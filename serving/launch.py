@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts a server as a process of its own on free ports: for tests, benchmarks and demonstrations.
+
+    python -m serving.launch server.py [option ...] -- client.py [option ...]
+
+serves until the client has finished. The client gets ``--url``. Exits with the client's status.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+
+STOP_TIMEOUT_S = 60
+
+_handed_out: set[int] = set()
+
+
+def free_ports(count: int = 3) -> list[int]:
+    """Return free ports on loopback."""
+    # Below the range from which the system picks ports for outgoing connections, so that they stay free.
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports |= {port} - _handed_out  # a server that is still starting does not listen yet
+    _handed_out.update(ports)
+    return list(ports)
+
+
+class LaunchedServer:
+    """A server process on free ports of loopback. As a context manager, it stops at the end of the block."""
+
+    def __init__(
+        self,
+        command: Sequence[object],
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        **options: object,
+    ):
+        """Start ``command``, a Python script and its options.
+
+        ``environment`` is added to that of this process, ``prefix`` is put before the whole command, and ``options``
+        are those of Popen.
+        """
+        self.http_port, self.grpc_port, self.metrics_port = free_ports()
+        self.http_url, self.grpc_url = f"http://127.0.0.1:{self.http_port}", f"grpc://127.0.0.1:{self.grpc_port}"
+        ports = {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}
+        flags = [word for name, port in ports.items() for word in (f"--{name}-port", port)]
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, *map(str, [*command, *flags])],
+            env=os.environ | dict(environment or {}),
+            **options,
+        )
+
+    def __enter__(self) -> "LaunchedServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_until_ready(self, model_name: str, timeout_s: float = 120) -> None:
+        """Return when the model is ready. Raises RuntimeError if the server ends first, and TimeoutError."""
+        deadline = time.monotonic() + timeout_s
+        while self.process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.http_url}/v2/models/{model_name}/ready"):
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the server is not ready within {timeout_s:g} s")
+            time.sleep(0.05)
+        raise RuntimeError(f"the server ended with status {self.process.returncode}; its log says why")
+
+    def stop(self, signal_number: int = signal.SIGTERM) -> int:
+        """Send a signal if the server is still running, wait for its end and return the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal_number)
+        return self.process.wait(timeout=STOP_TIMEOUT_S)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the server and the client that the arguments describe; return the exit status."""
+    if "--" not in arguments:
+        print("usage: python -m serving.launch SERVER.py [OPTION ...] -- CLIENT.py [OPTION ...]", file=sys.stderr)
+        return 2
+    separator = arguments.index("--")
+    with LaunchedServer(arguments[:separator]) as server:
+        client = subprocess.Popen([sys.executable, *arguments[separator + 1 :], "--url", server.http_url])
+        try:
+            while client.poll() is None:
+                if server.process.poll() is not None:  # it has said why
+                    return server.process.returncode
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            client.terminate()
+            client.wait()
+    return client.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of the host: where answers are copied to, and how large photos may be to fit into /dev/shm."""
+
+import bisect
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from serving.channel import ALIGNMENT, lay_out, layout_of
+from serving.errors import UsageError
+
+# PyTriton and Triton die of a bus error when /dev/shm is full. Triton's pool has 4 MB per instance from the start, and
+# takes a request and its answer with gaps: 1.3 times their bytes. PyTriton's store takes them in segments of powers of
+# two, which it keeps: after requests that grow, 3 times their bytes. Both measured.
+SHM_BYTES_PER_INSTANCE = 5_000_000
+SHM_BYTES_PER_BYTE = 1.3 + 3
+
+# A server that takes photos of a megapixel on few instances is more useful than one that does not on many.
+USEFUL_PIXELS = 1_000_000
+
+
+class AnswerMemory:
+    """Copies answers from the device to the host, into the same memory again and again."""
+
+    def __init__(self, memory: np.ndarray, device: str):
+        """``memory`` is uint8 ``[N]``. It is pinned as needed, so that a GPU can copy into it in the background."""
+        self._memory = memory
+        self._device = device
+        self._pinned = 0
+
+    def store(self, outputs: Mapping[str, object]) -> dict[str, np.ndarray]:
+        """Copy arrays of any shape and dtype to the host, and return the copies.
+
+        ``outputs`` are numpy arrays, or tensors of torch or DALI. On a GPU the copies are complete once torch's current
+        stream has come to this point. Raises ValueError if the memory is too small.
+        """
+        if self._device == "cpu":
+            outputs = {name: np.asarray(array) for name, array in outputs.items()}
+            copies = lay_out(self._memory, layout_of(outputs))
+            for name, array in outputs.items():
+                np.copyto(copies[name], array)
+            return copies
+        import torch
+
+        tensors = {name: torch.from_dlpack(array) for name, array in outputs.items()}
+        layout = {name: (tensor.shape, str(tensor.dtype).removeprefix("torch.")) for name, tensor in tensors.items()}
+        copies = lay_out(self._memory, layout)
+        self._pin(sum(copy.nbytes + ALIGNMENT for copy in copies.values()))
+        for name, tensor in tensors.items():
+            torch.from_numpy(copies[name]).copy_(tensor, non_blocking=True)
+        return copies
+
+    def _pin(self, size: int) -> None:
+        # As much as was ever needed instead of everything: pinned pages take up memory even if nobody writes to them.
+        if min(size, len(self._memory)) <= self._pinned:
+            return
+        import torch
+
+        cudart, pointer = torch.cuda.cudart(), self._memory.ctypes.data
+        if self._pinned:
+            torch.cuda.check_error(cudart.cudaHostUnregister(pointer))
+            self._pinned = 0
+        # Rounded up, so that it does not happen again soon.
+        size = min(len(self._memory), 1 << (size - 1).bit_length())
+        torch.cuda.check_error(cudart.cudaHostRegister(pointer, size, 0))
+        self._pinned = size
+
+
+def fit_shared_memory(
+    instances: int, max_pixels: int, free: int, message_bytes: Callable[[int], int]
+) -> tuple[int, int, str]:
+    """Return how many instances, and photos of how many pixels, fit into /dev/shm, and a warning or an empty string.
+
+    ``instances`` and ``max_pixels`` are what the user wants, ``free`` is the number of free bytes, and
+    ``message_bytes`` tells how many bytes the request and the answer of a photo with so many pixels have together at
+    most. Raises UsageError if no photo fits.
+    """
+
+    def needed(pixels: int) -> int:  # by one instance
+        return SHM_BYTES_PER_INSTANCE + math.ceil(SHM_BYTES_PER_BYTE * message_bytes(pixels))
+
+    wanted = instances * needed(max_pixels)
+    if wanted <= free:
+        return instances, max_pixels, ""
+    instances = max(1, min(instances, free // needed(min(max_pixels, USEFUL_PIXELS))))
+    fitting = bisect.bisect_right(range(max_pixels + 1), free // instances, key=needed) - 1
+    advice = f"use docker run --shm-size {math.ceil(wanted / 1e9)}gb, or make /dev/shm larger"
+    if fitting < 1:
+        raise UsageError(f"/dev/shm has only {free / 1e6:,.0f} MB free, too little for any photo: {advice}")
+    return (
+        instances,
+        fitting,
+        f"SHARED MEMORY: /dev/shm has {free / 1e6:,.0f} MB free instead of {wanted / 1e6:,.0f}. Photos of more than "
+        f"{fitting:,} pixels are refused, instances: {instances}. To fix this, {advice}.",
+    )

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building blocks for the command line, and the options that every server has."""
+
+import argparse
+import logging
+import re
+import socket
+from collections.abc import Callable
+
+# Used unless the user says otherwise, by the type of the device. More instances on a GPU would only compete for the
+# server's interpreter lock. Two threads on a GPU: while one batch is in the network, the next one is decoded and the
+# previous one copied to the host. The queue holds what is answered within seconds.
+DEVICE_DEFAULTS = {
+    "cuda": {"instances": 12, "max_batch_size": 4, "max_queue": 512, "threads": 2},
+    "cpu": {"instances": 1, "max_batch_size": 1, "max_queue": 12, "threads": 1},
+}
+MAX_INSTANCES = max(defaults["instances"] for defaults in DEVICE_DEFAULTS.values())
+
+
+def device_default(options: argparse.Namespace, name: str, device_type: str) -> int:
+    """Return an option, or the default for the type of the device (``cuda`` or ``cpu``) if it is 0."""
+    return getattr(options, name) or DEVICE_DEFAULTS[device_type][name]
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser that prints the default of each option, and reports a mistake in one line with status 2."""
+    return argparse.ArgumentParser(
+        description=description,
+        # Without a usage line: it would stand above every error message.
+        usage=argparse.SUPPRESS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def number(kind: type, lowest: float, highest: float | None = None) -> Callable[[str], float]:
+    """Return an argparse type: a number of this kind within the bounds, which belong to the range."""
+    what = "a whole number" if kind is int else "a number"
+    valid = f"{what} of at least {lowest}" if highest is None else f"{what} between {lowest} and {highest}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not lowest <= value <= (value if highest is None else highest):
+            raise argparse.ArgumentTypeError(f"must be {valid}, not {text or 'empty'}")
+        return value
+
+    return parse
+
+
+def device_names(text: str) -> str:
+    """Check ``--device``, as an argparse type."""
+    if not re.fullmatch(r"auto|all|(cpu|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*", text):
+        raise argparse.ArgumentTypeError(
+            f"must be auto, all, cpu, cuda, cuda:N, or several devices separated by commas, not {text or 'empty'}"
+        )
+    return text
+
+
+def ip_address(text: str) -> str:
+    """Return the IPv4 address of a host, which Triton does not resolve by itself. An argparse type."""
+    if not text:  # to gethostbyname, this means all addresses
+        raise argparse.ArgumentTypeError("must not be empty; 0.0.0.0 listens on all addresses")
+    try:
+        return socket.gethostbyname(text)
+    except (OSError, UnicodeError):
+        raise argparse.ArgumentTypeError(f"must be an IPv4 address or a known host name, not {text}") from None
+
+
+def add_serving_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that do not depend on the model."""
+    defaults = DEVICE_DEFAULTS
+    add = parser.add_argument_group("serving").add_argument
+    add(
+        "--device",
+        type=device_names,
+        default="auto",
+        help="cpu, cuda, cuda:N, several of them separated by commas, all (GPUs), or auto: a GPU if there is one",
+    )
+    add(
+        "--max-pixels",
+        type=number(int, 1),
+        default=25_000_000,
+        help="photos with more pixels are refused",
+    )
+    for name, highest, text in (
+        ("--instances", 64, "requests in progress at once per device"),
+        ("--max-batch-size", 64, "photos that go through the network together at most"),
+        ("--max-queue", None, "requests that may wait for an instance; the next ones are refused at once"),
+    ):
+        key = name[2:].replace("-", "_")
+        automatic = f"0: {defaults['cuda'][key]} on a GPU, {defaults['cpu'][key]} without"
+        add(name, type=number(int, 0, highest), default=0, help=f"{text}; {automatic}")
+    add(
+        "--address",
+        type=ip_address,
+        help="IPv4 address or host name to listen on, 0.0.0.0 for all (default: 127.0.0.1)",
+        default=argparse.SUPPRESS,
+    )
+    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        add(
+            f"--{name}-port",
+            type=number(int, 1, 65535),
+            help=f"port for {'Prometheus metrics' if name == 'metrics' else 'gRPC' if name == 'grpc' else 'HTTP'} "
+            f"(default: {port})",
+            default=argparse.SUPPRESS,
+        )
+    add(
+        "--drain-s",
+        type=number(float, 0),
+        default=2,
+        help="seconds that requests in flight have to finish when the server is stopped",
+    )
+    add(
+        "--start-timeout-s",
+        type=number(float, 1),
+        default=600,
+        help="seconds that a worker has to start, with the download of the weights",
+    )
+    add(
+        "--worker-timeout-s",
+        type=number(float, 1),
+        default=300,
+        help="the server stops with status 1 if a worker answers nobody for so many seconds",
+    )
+    add("--verbose", action="store_true", help="log what PyTriton and Triton do")
+
+
+def parse_serving_options(description: str) -> argparse.Namespace:
+    """Read the command line of a server that has no other options, and set up logging accordingly."""
+    parser = make_parser(description)
+    add_serving_options(parser)
+    options = parser.parse_args()
+    configure_logging(options.verbose)
+    return options
+
+
+def configure_logging(verbose: bool) -> None:
+    """Log what the server does to stderr, and what PyTriton does if the user wants to know."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("server").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if verbose:
+        logging.getLogger("pytriton").setLevel(logging.DEBUG)
+    else:
+        # PyTriton logs a traceback for each refused request, for which serving/instance.py logs a line.
+        logging.getLogger("pytriton.proxy.inference").setLevel(logging.ERROR)
+        logging.getLogger("pytriton.server").setLevel(logging.ERROR)

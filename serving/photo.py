@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks an encoded photo before it is decoded."""
+
+import io
+import re
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+
+from serving.errors import InvalidRequest
+
+# The best JPEG of pure noise has 2 bytes a pixel, and a camera adds a header.
+MAX_BYTES_PER_PIXEL = 2
+MAX_HEADER_BYTES = 1 << 20
+
+# Encoders write about 10 scans into a progressive JPEG. Each costs its sender a few bytes, and makes the decoder visit
+# every pixel: 44 bytes cost 70 ms at 25 megapixels.
+MAX_SCANS = 64
+MAX_SEGMENTS = 20_000
+# A byte that starts a segment or ends the image, rather than one of the image's own or a mark between parts of it.
+JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)
+
+# Pillow would refuse large photos before we do, in its own words.
+Image.MAX_IMAGE_PIXELS = None
+
+ADVICE = "send a JPEG, PNG, BMP or WebP file"
+
+
+def max_photo_bytes(max_pixels: int) -> int:
+    """Return the largest number of bytes that an encoded photo may have."""
+    return max_pixels * MAX_BYTES_PER_PIXEL + MAX_HEADER_BYTES
+
+
+def blank_photo(width: int = 640, height: int = 480) -> np.ndarray:
+    """Return an encoded photo, uint8 ``[N]``, to warm up with."""
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height)).save(stream, "JPEG")
+    return np.frombuffer(stream.getvalue(), np.uint8)
+
+
+def check_photo(encoded: np.ndarray, max_pixels: int) -> None:
+    """Check an encoded photo, uint8 ``[N]``, without decoding it. Raises InvalidRequest."""
+    data = encoded.tobytes()
+    if not data:
+        raise InvalidRequest(f"the photo is empty: {ADVICE}")
+    if is_jpeg := data.startswith(b"\xff\xd8"):
+        _check_jpeg(data)
+    stream = io.BytesIO(data)
+    try:
+        with JpegImageFile(stream) if is_jpeg else Image.open(stream, formats=("PNG", "BMP", "WEBP")) as image:
+            width, height = image.size
+            frames = getattr(image, "n_frames", 1)
+    except UnidentifiedImageError:
+        raise InvalidRequest(f"the photo's {len(data)} bytes are of an unknown type, or damaged: {ADVICE}") from None
+    except Exception as error:  # Pillow's parsers raise whatever the damage makes them stumble over.
+        raise InvalidRequest(f"the photo's header is damaged ({type(error).__name__}): {ADVICE}") from None
+    if frames > 1 and not is_jpeg:
+        raise InvalidRequest(f"the photo is an animation of {frames} frames: send one of them as a still image")
+    if width * height > max_pixels:
+        raise InvalidRequest(
+            f"the photo has {width} x {height} pixels, and this server takes {max_pixels} at most: "
+            "scale it down, or start the server with a larger --max-pixels"
+        )
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Walk the segments of a JPEG up to its end. Raises InvalidRequest.
+
+    nvJPEG decodes what is there of a truncated file and silently leaves the rest of the image gray.
+    """
+    # The content of a segment is skipped, because a preview in it has an end marker of its own. What follows the end is
+    # ignored: phones append second pictures and videos.
+    position, scans = 2, 0
+    for _ in range(MAX_SEGMENTS):
+        marker = JPEG_MARKER.search(data, position)
+        if not marker:
+            raise InvalidRequest("the photo is truncated, its end is missing: send the whole file")
+        if marker[0] == b"\xff\xd9":
+            return
+        scans += marker[0] == b"\xff\xda"
+        if scans > MAX_SCANS:
+            raise InvalidRequest(f"the photo has more than {MAX_SCANS} scans: save it as a baseline JPEG")
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
+    raise InvalidRequest(f"the photo has more than {MAX_SEGMENTS} segments: save it without metadata")

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton, run by PyTriton: starts it, watches it, drains it and leaves nothing behind."""
+
+import argparse
+import contextlib
+import ctypes
+import io
+import logging
+import os
+import re
+import socket
+import sys
+import sysconfig
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import connection
+from pathlib import Path
+
+import psutil
+import pytriton.triton
+from pytriton.triton import TritonConfig
+from pytriton.utils.distribution import get_stub_path
+
+from serving.errors import ServerError, UsageError
+from serving.lifecycle import Lifecycle
+
+# Seconds that Triton waits for clients to close their connections when it exits. `docker stop` kills after 10 s.
+EXIT_TIMEOUT_S = 2
+
+# Instances ask the first one, through a socket, where their memory is. On a busy machine they may ask before anybody
+# listens, or get no answer within the second that PyTriton allows.
+MISSED = re.compile("ConnectionRefusedError|BlockingIOError|waiting for config file")
+START_ATTEMPTS = 5
+
+# For the processes that Triton starts. By default glibc maps each image anew, zeroes its pages and unmaps them again;
+# with these settings images stay on the heap. 32 MiB is the highest threshold that glibc accepts.
+MALLOC_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+PROTOCOLS = ("http", "grpc", "metrics")
+LOGGER = logging.getLogger("server")
+
+
+class _InstancesMissedEachOther(ServerError):
+    pass
+
+
+class Triton:
+    """Like PyTriton's class of this name: bind a model, then serve it until a signal arrives."""
+
+    def __init__(self, options: argparse.Namespace, lifecycle: Lifecycle):
+        """Check addresses and ports. Raises UsageError if Triton could not listen on them."""
+        self._verbose = options.verbose
+        self._lifecycle = lifecycle
+        self._config = _configure(options)
+        self._model: dict = {}
+        _check_ports(self._config)
+        prepare_environment()
+
+    def bind(self, **model: object) -> None:
+        """Remember the model. Takes the arguments of PyTriton's ``bind`` by name."""
+        self._model = model
+
+    def serve(self) -> None:
+        """Start Triton and serve the model until a signal arrives. Leaves through SystemExit or ServerError."""
+        for attempts_left in reversed(range(START_ATTEMPTS)):
+            try:
+                self._serve_once()
+            except _InstancesMissedEachOther as error:
+                if not attempts_left:
+                    raise
+                LOGGER.warning("%s; trying again", error)
+
+    def _serve_once(self) -> None:
+        try:
+            triton = pytriton.triton.Triton(config=self._config)
+        except OSError as error:
+            raise UsageError(
+                f"PyTriton cannot create its workspace: {error}; set PYTRITON_HOME to a folder with a short path"
+            ) from error
+        helpers: list[psutil.Process] = []
+        try:
+            triton.bind(**self._model)
+            self._start(triton)
+            helpers = _helper_processes()
+            threading.Thread(target=self._fail_without_helpers, args=(triton, helpers), daemon=True).start()
+            LOGGER.info("ready: model %s at %s", self._model["model_name"], _urls(self._config))
+            triton.serve(monitoring_period_s=1)
+            self._lifecycle.finish()
+            self._lifecycle.give_up()  # PyTriton would wait for the requests in flight
+            raise ServerError("Triton has ended, and the server with it; --verbose shows Triton's log")
+        except SystemExit:
+            self._lifecycle.drain()
+            raise
+        finally:
+            self._clean_up(triton, helpers)
+
+    def _start(self, triton: pytriton.triton.Triton) -> None:
+        try:
+            triton.run()
+        except Exception as error:
+            # An exception in one of Triton's stub processes has a traceback around the line that counts.
+            lines = str(error).split("\nAt:\n")[0].strip().splitlines() or [type(error).__name__]
+            kind = _InstancesMissedEachOther if MISSED.search(lines[-1]) else ServerError
+            raise kind(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
+
+    def _fail_without_helpers(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process]) -> None:
+        # Triton would start another helper, which does not find the memory of the first.
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            connection.wait([os.pidfd_open(helper.pid) for helper in helpers])
+        if triton.is_alive():
+            self._lifecycle.fail("stopping: one of Triton's helper processes has ended")
+
+    def _clean_up(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process]) -> None:
+        """Stop Triton, and remove what it leaves behind if it was killed or ran out of time."""
+        helpers = {*helpers, *_helper_processes()}
+        # Triton's own exit timeout does not cover everything that it waits for.
+        killer = threading.Timer(2 * EXIT_TIMEOUT_S, _kill, args=[_tritonservers()])
+        killer.start()
+        # PyTriton prints what Triton's processes print, in the end the complaints of their resource trackers.
+        quiet = contextlib.nullcontext() if self._verbose else contextlib.redirect_stdout(io.StringIO())
+        with self._lifecycle.signals_deferred(), quiet:
+            try:
+                triton.stop()
+            finally:
+                killer.cancel()
+                # The stub processes first: some of the others clean up after them.
+                _kill([helper for helper in helpers if _is_named(helper, "triton_python")])
+                _kill(psutil.wait_procs(helpers, timeout=1)[1])
+                for segment in Path("/dev/shm").glob(f"pytrtion{os.getpid()}-*"):  # PyTriton's spelling
+                    segment.unlink(missing_ok=True)
+
+
+def _configure(options: argparse.Namespace) -> TritonConfig:
+    """Return Triton's configuration: options of the command line, then of the environment, then defaults."""
+    config: dict[str, object] = {
+        "http_port": 8000,
+        "grpc_port": 8001,
+        "metrics_port": 8002,
+        **{f"{protocol}_address": "127.0.0.1" for protocol in PROTOCOLS},
+        # Without a GPU, Triton would print that it cannot measure one.
+        "allow_gpu_metrics": Path("/dev/nvidiactl").exists(),
+        "exit_timeout_secs": EXIT_TIMEOUT_S,
+        # Triton logs a page for each refused request, and PyTriton keeps all of it in memory.
+        "log_file": None if options.verbose else os.devnull,
+        "log_verbose": int(options.verbose),
+    }
+    try:
+        from_environment = TritonConfig.from_env().to_dict()
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"a variable PYTRITON_TRITON_CONFIG_... is wrong: {error}") from error
+    config |= {name: value for name, value in from_environment.items() if value is not None}
+    for protocol in PROTOCOLS:
+        if hasattr(options, "address"):
+            config[f"{protocol}_address"] = options.address
+        if hasattr(options, f"{protocol}_port"):
+            config[f"{protocol}_port"] = getattr(options, f"{protocol}_port")
+    return TritonConfig(**config)
+
+
+def _listening(config: TritonConfig) -> Iterator[tuple[str, str, int]]:
+    for protocol in PROTOCOLS:
+        if getattr(config, f"allow_{protocol}") in (True, None):
+            yield protocol, getattr(config, f"{protocol}_address"), getattr(config, f"{protocol}_port")
+
+
+def _check_ports(config: TritonConfig) -> None:
+    # Triton itself would fail late, and PyTriton would wait for it for minutes.
+    with contextlib.ExitStack() as sockets:
+        for protocol, address, port in _listening(config):
+            try:
+                sockets.enter_context(socket.create_server((address, port)))
+            except OSError as error:
+                reason = error.strerror.split(" (")[0]
+                raise UsageError(
+                    f"cannot listen on {address}:{port} ({reason}): choose another --{protocol}-port or --address"
+                ) from error
+
+
+def _urls(config: TritonConfig) -> str:
+    suffix = {"http": "", "grpc": "", "metrics": "/metrics"}
+    return ", ".join(
+        f"{'grpc' if protocol == 'grpc' else 'http'}://{address}:{port}{suffix[protocol]}"
+        for protocol, address, port in _listening(config)
+    )
+
+
+def prepare_environment() -> None:
+    """Set what Triton and its stub processes inherit, and how the threads of this process take turns."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if not get_stub_path(version).exists():
+        raise UsageError(f"PyTriton does not support Python {version}; use Python 3.11 or 3.12")
+    # Triton's Python backend finds libpython through the loader's path, and must find the one of this interpreter.
+    library = f"libpython{version}.so.1.0"
+    folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib"]
+    found = [folder for folder in folders if folder and os.access(f"{folder}/{library}", os.R_OK)]
+    if not found:
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            raise UsageError(
+                f"Triton needs {library}, which this Python lacks: use a Python built with --enable-shared, "
+                f"or on Debian and Ubuntu, apt install libpython{version}"
+            ) from None
+    os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, [*found, os.environ.get("LD_LIBRARY_PATH")]))
+    for name, value in MALLOC_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # An instance waits for the interpreter lock several times per request, by default up to 5 ms each time.
+    sys.setswitchinterval(0.0005)
+
+
+def _tritonservers() -> list[psutil.Process]:
+    """Return the process that PyTriton started, if it is running."""
+    return [child for child in psutil.Process().children() if _is_named(child, "tritonserver")]
+
+
+def _helper_processes() -> list[psutil.Process]:
+    """Return the processes that tritonserver started."""
+    helpers = []
+    for process in _tritonservers():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            helpers += process.children(recursive=True)
+    return helpers
+
+
+def _is_named(process: psutil.Process, prefix: str) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name().startswith(prefix)
+    return False
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

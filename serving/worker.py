@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker processes: each builds the stages on one device and answers requests.
+
+PyTriton copies every request and answer under the interpreter lock of its process. With the stages in a process of
+their own, the two do not slow each other down.
+"""
+
+import argparse
+import ctypes
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from logging.handlers import BufferingHandler
+from multiprocessing import Pipe, connection
+
+import numpy as np
+from pytriton.model_config.common import QueuePolicy, TimeoutAction
+from pytriton.proxy.types import Request
+
+from serving.batcher import Batcher
+from serving.channel import FORK, Channel, open_channels
+from serving.device import check_device, list_devices, open_stream, resolve_device
+from serving.errors import InferenceFailed, RequestError, ServerError, UsageError
+from serving.instance import Instance
+from serving.lifecycle import Lifecycle
+from serving.memory import AnswerMemory, fit_shared_memory
+from serving.options import DEVICE_DEFAULTS, MAX_INSTANCES, device_default
+from serving.photo import max_photo_bytes
+from serving.stages import Load, Stages
+
+MAX_WAIT_S = 60  # for an instance; then a request is refused without having been worked on
+KILL_TIMEOUT_S = 10
+
+PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
+
+LOGGER = logging.getLogger("server")
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a worker reports when it has started."""
+
+    device_type: str
+    instances: int
+    max_pixels: int
+    warnings: Sequence[str]
+
+
+class Workers:
+    """A worker process for each device, and the instances through which PyTriton reaches them."""
+
+    def __init__(
+        self, load: Load, options: argparse.Namespace, answer_bytes: Callable[[int], int], lifecycle: Lifecycle
+    ):
+        """``answer_bytes`` tells how many bytes the answer to a photo with so many pixels has at most."""
+        self._load = load
+        self._options = options
+        self._answer_bytes = answer_bytes
+        self._lifecycle = lifecycle
+        self._workers: list[_Worker] = []
+        self.instances: list[Instance] = []
+        self.queue_policy: QueuePolicy | None = None
+
+    def __enter__(self) -> "Workers":
+        """Start the workers and wait until all are ready. Raises ServerError."""
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lifecycle.finish()
+        for worker in self._workers:
+            worker.kill()
+        if not all(worker.join(KILL_TIMEOUT_S) for worker in self._workers):
+            LOGGER.critical("a worker cannot be killed, because the driver of its GPU hangs")
+            os._exit(1)  # Python's own exit would wait for the worker
+
+    def _start(self) -> None:
+        options = self._options
+        devices = list_devices(options.device)
+        shm_bytes = shutil.disk_usage("/dev/shm").free // len(devices)
+        for device in devices:
+            try:
+                channels = open_channels(
+                    options.instances or MAX_INSTANCES,
+                    request_bytes=max_photo_bytes(options.max_pixels),
+                    answer_bytes=self._answer_bytes(options.max_pixels),
+                )
+            except (OSError, OverflowError) as error:
+                raise UsageError(f"--max-pixels {options.max_pixels}: not enough memory ({error})") from error
+            # Between the fork and the append, a signal would leave a process behind that nobody ends.
+            with self._lifecycle.signals_deferred():
+                self._workers.append(_Worker(self._load, options, device, channels, shm_bytes, self._answer_bytes))
+            # PyTriton's end waits for its instances, and these for the worker.
+            self._lifecycle.on_give_up(self._workers[-1].kill)
+        reports = [worker.wait_until_ready(options.start_timeout_s) for worker in self._workers]
+        for worker, report in zip(self._workers, reports, strict=True):
+            threading.Thread(target=self._fail_without, args=(worker,), daemon=True).start()
+            max_request_bytes = max_photo_bytes(report.max_pixels)
+            self.instances += [
+                Instance(channel, max_request_bytes, options.worker_timeout_s, self._lifecycle)
+                for channel in worker.channels[: report.instances]
+            ]
+        # Once more, where nobody overlooks them: next to the line that says that the server is ready.
+        for warning in dict.fromkeys(warning for report in reports for warning in report.warnings):
+            LOGGER.warning(warning)
+        self.queue_policy = QueuePolicy(
+            max_queue_size=device_default(options, "max_queue", reports[0].device_type),
+            # A timeout that a request sets itself counts if it is shorter.
+            default_timeout_microseconds=MAX_WAIT_S * 1_000_000,
+            allow_timeout_override=True,
+            timeout_action=TimeoutAction.REJECT,
+        )
+
+    def _fail_without(self, worker: "_Worker") -> None:
+        worker.wait_until_ended()
+        self._lifecycle.fail("stopping: a worker has ended")
+
+
+class _Worker:
+    """A worker process, as seen from the process that started it."""
+
+    def __init__(self, load, options, device, channels, shm_bytes, answer_bytes):
+        """Fork the process. This must happen while the server has only one thread."""
+        self.channels = channels
+        self._device = device
+        self._status, worker_end = Pipe()
+        arguments = (os.getpid(), load, options, device, channels, shm_bytes, answer_bytes, worker_end)
+        self._process = FORK.Process(target=_run, args=arguments)
+        self._process.start()
+        worker_end.close()
+
+    def wait_until_ready(self, timeout_s: float) -> _Ready:
+        """Return what it reports. Raises ServerError."""
+        if not self._status.poll(timeout_s):
+            raise ServerError(
+                f"the worker for --device {self._device} has not started within {timeout_s:g} s: the driver of its "
+                "GPU may hang, or the weights take longer to download than --start-timeout-s allows"
+            )
+        try:
+            report = self._status.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+            raise ServerError(f"a worker ended while it started ({how})") from None
+        if isinstance(report, Exception):
+            raise report
+        return report
+
+    def wait_until_ended(self) -> None:
+        """Return when the process has ended and its callers know. From any thread."""
+        connection.wait([self._process.sentinel])
+        for channel in self.channels:
+            channel.break_off()
+
+    def kill(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the end of the process, and return whether it has ended."""
+        self._process.join(timeout_s)
+        return not self._process.is_alive()
+
+
+class _Runner:
+    """The stages of one thread, on a CUDA stream of their own."""
+
+    def __init__(self, make_stages: Callable[[], Stages], device: str):
+        self.device = device
+        self._stream = open_stream(device)
+        with self._stream:
+            self.stages = make_stages()
+
+    def __call__(self, batch: Sequence[tuple[AnswerMemory, object]]) -> list[dict[str, np.ndarray]]:
+        """Return the outputs of each job, in the memory that comes with it."""
+        with self._stream:
+            outputs = self.stages([job for _, job in batch])
+            answers = [memory.store(output) for (memory, _), output in zip(batch, outputs, strict=True)]
+            # So far the GPU was only told what to do. This is the one time that a batch is waited for.
+            self._stream.wait()
+            self.stages.verify()
+        return answers
+
+
+def _run(
+    parent: int,
+    load: Load,
+    options: argparse.Namespace,
+    device: str,
+    channels: Sequence[Channel],
+    shm_bytes: int,
+    answer_bytes: Callable[[int], int],
+    status: connection.Connection,
+) -> None:
+    """Entry point of the worker process."""
+    # Ctrl-C in a terminal reaches this process, too. It has requests to finish; the server ends it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the server was killed before prctl
+        os._exit(1)
+    try:
+        try:
+            batcher, report = _build(load, options, resolve_device(device), channels, shm_bytes, answer_bytes)
+        except RuntimeError as error:  # torch's and DALI's, typically about a GPU whose memory is full
+            LOGGER.debug("a worker failed to start", exc_info=error)
+            reason = str(error).strip().splitlines()[0]
+            raise ServerError(f"a worker failed to start: {reason}; --verbose shows where") from error
+        status.send(report)
+        batcher.run()
+    except ServerError as error:
+        status.send(error)
+    except BaseException:
+        LOGGER.exception("a worker failed")
+    os._exit(1)  # Python's own exit would wait for the batcher's threads
+
+
+def _build(
+    load: Load,
+    options: argparse.Namespace,
+    device: str,
+    channels: Sequence[Channel],
+    shm_bytes: int,
+    answer_bytes: Callable[[int], int],
+) -> tuple[Batcher, _Ready]:
+    """Build the stages on the device. Raises ServerError."""
+    device_type = device.split(":")[0]
+    warnings = BufferingHandler(capacity=1000)
+    warnings.setLevel(logging.WARNING)
+    LOGGER.addHandler(warnings)
+
+    instances, max_pixels, warning = fit_shared_memory(
+        device_default(options, "instances", device_type),
+        options.max_pixels,
+        shm_bytes,
+        message_bytes=lambda pixels: max_photo_bytes(pixels) + answer_bytes(pixels),
+    )
+    if warning:
+        LOGGER.warning(warning)
+    max_batch_size = device_default(options, "max_batch_size", device_type)
+    options = argparse.Namespace(**vars(options) | {"max_pixels": max_pixels, "max_batch_size": max_batch_size})
+    make_stages = load(options, device)
+    LOGGER.info("warming up; instances: %d, photos per batch: %d at most", instances, max_batch_size)
+    runners = [_Runner(make_stages, device) for _ in range(DEVICE_DEFAULTS[device_type]["threads"])]
+    memories = {channel: AnswerMemory(channel.answer_memory, device) for channel in channels[:instances]}
+
+    def read(channel: Channel, arrays: Mapping[str, np.ndarray], message: tuple) -> tuple[AnswerMemory, object]:
+        parameters, outputs = message
+        request = Request(data=arrays, parameters=parameters, requested_output_names=outputs)
+        return memories[channel], runners[0].stages.read(request)
+
+    def explain(error: Exception) -> RequestError:
+        _end_without(device)
+        if isinstance(error, RequestError):
+            return error
+        LOGGER.error("a request failed", exc_info=error)
+        return InferenceFailed("the server failed at this request and logged the reason: try again later")
+
+    LOGGER.removeHandler(warnings)
+    messages = tuple(record.getMessage() for record in warnings.buffer)
+    return Batcher(list(memories), read, runners, explain, max_batch_size), _Ready(
+        device_type, instances, max_pixels, messages
+    )
+
+
+def _end_without(device: str) -> None:
+    # After some CUDA errors every later call in this process fails, or worse, a decoder rejects good photos.
+    try:
+        check_device(device)
+    except RuntimeError as error:
+        LOGGER.critical("the GPU is lost to this worker, which ends: %s", str(error).splitlines()[0])
+        os._exit(1)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What breaks around the server: it goes on, or it exits with status 1 so that a supervisor restarts it."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.http
+from conftest import (
+    PHOTO,
+    PROTOCOLS,
+    Server,
+    decode,
+    infer_until_refused,
+    patched_toy,
+    running_together,
+    running_toy,
+    start_toy,
+    wait_for,
+)
+from tritonclient.utils import InferenceServerException
+
+from client import InferenceError
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server in which Triton groups requests, although the example never does that."""
+    with running_toy(tmp_path_factory.mktemp("toy") / "log", "--triton-batch-size", 4) as server:
+        yield server
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_error_of_the_server_costs_one_request(toy, protocol):
+    connection = toy.connect(protocol)
+    with pytest.raises(InferenceError, match="the server failed at this request and logged the reason") as error:
+        connection.infer(PHOTO, parameters={"raise": f"a mistake over {protocol}"})
+    assert "ValueError" not in str(error.value.__cause__)
+    assert "Traceback (most recent call last)" in toy.log.read_text()
+    assert f"ValueError: a mistake over {protocol}" in toy.log.read_text()
+    assert (connection.infer(PHOTO)["inverted"][0] == 255 - decode(PHOTO)).all()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_parameters_that_do_not_fit_into_the_channel_are_refused(toy, protocol):
+    with pytest.raises(InferenceError, match="the parameters of the request are too long"):
+        toy.connect(protocol).infer(PHOTO, parameters={"note": "x" * (2 << 20)})
+
+
+def test_requests_that_triton_puts_into_one_call_get_their_own_answers(toy):
+    other = PHOTO[:2] + b"\xff\xfe\x00\x04no" + PHOTO[2:]  # the same picture with a comment, so another length
+    photos = [PHOTO, PHOTO, other, other]
+    before = toy.metric("exec_count")
+    with ThreadPoolExecutor(9) as pool:
+        connections = [toy.connect(protocol) for protocol in PROTOCOLS]
+        blocking = pool.submit(connections[0].infer, PHOTO, (), {"sleep_s": 0.5})
+        wait_for(lambda: "sleeping for 0.5 s" in toy.log.read_text())
+        answers = [
+            pool.submit(connections[index % 2].infer, photos[index % 4], (), {"add": index}) for index in range(8)
+        ]
+        blocking.result()
+        for index, answer in enumerate(answers):
+            assert (answer.result()["inverted"][0] == 255 - decode(PHOTO) - np.uint8(index)).all()
+            np.testing.assert_allclose(answer.result()["mean"][0], decode(PHOTO).mean(axis=(0, 1)))
+    assert toy.metric("exec_count") - before < 9  # some of them shared a call
+
+
+def test_a_request_with_two_photos_is_refused(toy):
+    image = tritonclient.http.InferInput("image", (2, len(PHOTO)), "UINT8")
+    image.set_data_from_numpy(np.frombuffer(2 * PHOTO, np.uint8).reshape(2, -1))
+    with pytest.raises(InferenceServerException, match="InvalidRequest: the batch dimension must be 1"):
+        toy.connect("http").client.infer("Toy", [image])
+
+
+class Broken:
+    """A server to which something fatal happens while clients use it."""
+
+    def __init__(self, server: Server, pool: ThreadPoolExecutor):
+        self.server = server
+        self.broken_at = datetime.now()
+        self.clients: list[Future] = []
+        self._pool = pool
+
+    def use(self) -> None:
+        """Send it photos until one is refused."""
+        self.clients = [
+            self._pool.submit(infer_until_refused, self.server.connect(protocol), sleep_s=0.1)
+            for protocol in PROTOCOLS * 2
+        ]
+        wait_for(lambda: self.server.metric("pending_request_count") + self.server.metric("request_success") >= 3)
+
+    def suspend_worker(self) -> None:
+        """Make the worker hang, as it does if the driver of its GPU hangs."""
+        self.server.workers()[0].suspend()
+        self.broken_at = datetime.now()
+
+    def assert_it_ends(self, status: int) -> str:
+        """Wait for the end of the server, and return its log. Nothing is left behind, and all clients were told."""
+        assert self.server.process.wait(timeout=30) == status
+        for client in self.clients:
+            client.result()
+        assert self.server.left_behind() == []
+        return self.server.log.read_text()
+
+
+# A signal that arrives while Python runs a destructor or a callback raises SystemExit there, and Python ignores it.
+LOSE_SIGNALS = """
+from serving.lifecycle import Lifecycle
+Lifecycle._on_signal = lambda self, *_: self.finish()
+"""
+
+
+# Usually a thread of PyTriton's notices the end of Triton before the main thread does, but not always.
+NOTICE_LATE = """
+import time
+from pytriton.server.triton_server import TritonServer
+on_time = TritonServer._handle_exit
+
+def late(self, *arguments):
+    time.sleep(2)
+    on_time(self, *arguments)
+
+TritonServer._handle_exit = late
+"""
+
+
+def patched(folder: Path, code: str) -> Path:
+    folder.mkdir()
+    return patched_toy(folder, code)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broken]]:
+    """Servers by what happens to them. All at once, because each takes some seconds to start and to end."""
+    folder = tmp_path_factory.mktemp("broken")
+    servers = {
+        "killed worker": start_toy(folder / "worker"),
+        "exiting worker": start_toy(folder / "exit"),
+        "killed helper": start_toy(folder / "helper"),
+        "killed Triton": start_toy(folder / "triton"),
+        "killed Triton, lost signal": start_toy(folder / "signal", script=patched(folder / "lose", LOSE_SIGNALS)),
+        "killed Triton, noticed late": start_toy(folder / "late", script=patched(folder / "notice", NOTICE_LATE)),
+        "killed server": start_toy(folder / "server"),
+        "hanging worker": start_toy(folder / "hanging", "--instances", 2, "--worker-timeout-s", 3),
+    }
+    with running_together(servers), ThreadPoolExecutor(40) as pool:
+        broken = {what: Broken(server, pool) for what, server in servers.items()}
+        broken["hanging worker"].server.connect("http").infer(PHOTO)
+        for what in ("hanging worker", "killed Triton", "killed Triton, noticed late"):
+            broken[what].suspend_worker()
+        for what in servers:
+            if what not in ("exiting worker", "killed server"):
+                broken[what].use()
+        for server in servers.values():
+            server.segments()
+        broken["killed worker"].server.workers()[0].kill()
+        exiting = broken["exiting worker"]
+        exiting.clients = [pool.submit(infer_until_refused, exiting.server.connect("grpc"), exit=1)]
+        broken["killed helper"].server.process_named("triton_python").kill()
+        for what in ("killed Triton", "killed Triton, noticed late"):
+            broken[what].server.process_named("tritonserver").kill()
+        broken["killed Triton, lost signal"].server.process.terminate()
+        broken["killed Triton, lost signal"].server.process_named("tritonserver").kill()
+        yield broken
+        # What a test that failed or did not run left would keep the clients busy.
+        for server in servers.values():
+            with contextlib.suppress(ProcessLookupError):
+                server.process.kill()
+
+
+def test_a_killed_worker_ends_the_server(broken):
+    log = broken["killed worker"].assert_it_ends(1)
+    assert "CRITICAL server: stopping: a worker has ended" in log
+    expected = "worker is gone|is stopping|refused|closed|UNAVAILABLE|not ready|unknown"
+    for client in broken["killed worker"].clients:
+        assert re.search(expected, client.result()[1])
+
+
+def test_a_worker_that_exits_in_the_middle_of_a_request_ends_the_server(broken):
+    log = broken["exiting worker"].assert_it_ends(1)
+    assert "CRITICAL server: stopping: a worker has ended" in log
+    assert broken["exiting worker"].clients[0].result() == (
+        0,
+        "the server is stopping because its worker is gone: try again later",
+    )
+
+
+def test_a_killed_helper_of_triton_ends_the_server(broken):
+    log = broken["killed helper"].assert_it_ends(1)
+    assert "CRITICAL server: stopping: one of Triton's helper processes has ended" in log
+
+
+@pytest.mark.parametrize("what", ["killed Triton", "killed Triton, lost signal"])
+def test_the_end_of_triton_ends_the_server(broken, what):
+    log = broken[what].assert_it_ends(1)
+    assert ".py: Triton has ended, and the server with it" in log
+    assert log.count("ready: model") == 1  # it does not start Triton again
+
+
+@pytest.mark.parametrize("what", ["killed Triton", "killed Triton, noticed late"])
+def test_a_worker_that_hangs_does_not_hold_up_the_end_of_the_server(broken, what):
+    broken[what].assert_it_ends(1)
+    assert [client.result()[0] for client in broken[what].clients] == [0, 0, 0, 0]
+
+
+def test_a_worker_that_hangs_ends_the_server_after_its_timeout(broken):
+    log = broken["hanging worker"].assert_it_ends(1)
+    for client in broken["hanging worker"].clients:
+        answered, said = client.result()
+        assert answered == 0
+        assert re.search("the server took too long and is stopping|is stopping because its worker is gone", said)
+    line = next(line for line in log.splitlines() if "has answered nobody for 3 s" in line)
+    assert " CRITICAL server: " in line
+    logged = datetime.strptime(" ".join(line.split()[:2]), "%Y-%m-%d %H:%M:%S,%f")
+    assert 2.9 < (logged - broken["hanging worker"].broken_at).total_seconds() < 5  # not twice the timeout
+
+
+def test_a_killed_server_takes_its_workers_along(broken):
+    server = broken["killed server"].server
+    orphans = server.workers()
+    assert orphans
+    server.process.kill()
+    assert psutil.wait_procs(orphans, timeout=10)[1] == []

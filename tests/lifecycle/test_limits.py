@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Too many requests, too little memory, and clients that do not play along."""
+
+import re
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import (
+    PHOTO,
+    PROTOCOLS,
+    Server,
+    decode,
+    encode,
+    http_request,
+    running_together,
+    start_toy,
+    wait_for,
+    with_tmpfs,
+)
+from PIL import Image
+
+from client import InferenceError
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Server]]:
+    """Servers by what they are for. They start at once, which is faster."""
+    folder = tmp_path_factory.mktemp("limits")
+    servers = {
+        # Answers one request at a time and lets eight wait.
+        "slow": start_toy(folder / "slow", "--instances", 1, "--max-queue", 8),
+        "strange clients": start_toy(folder / "clients", "--max-queue", 100),
+        "little shared memory": start_toy(folder / "shm", "--instances", 16, prefix=with_tmpfs("/dev/shm", "64m")),
+        "little disk": start_toy(folder / "disk", prefix=with_tmpfs("$PYTRITON_HOME", "64m")),
+    }
+    with running_together(servers) as running:
+        yield running
+
+
+@pytest.fixture
+def slow(servers: Mapping[str, Server]) -> Server:
+    return servers["slow"]
+
+
+def test_more_clients_than_may_wait_are_refused_at_once(slow):
+    connections = {protocol: slow.connect(protocol) for protocol in PROTOCOLS}
+
+    def ask(protocol: str) -> str:
+        try:
+            return str(connections[protocol].infer(PHOTO, parameters={"sleep_s": 0.05})["inverted"].shape)
+        except InferenceError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(200) as pool:
+        answers = list(pool.map(ask, PROTOCOLS * 100))
+    refused = answers.count("the server is busy and its queue is full: send the photo again later")
+    answered = answers.count("(1, 512, 512, 3)")
+    assert refused + answered == 200
+    assert answered >= 9
+    assert refused > 50
+    assert ask("http") == "(1, 512, 512, 3)"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_request_that_waited_too_long_is_not_begun(slow, protocol):
+    begun = slow.metric("exec_count")
+    connection = slow.connect("http")
+    with ThreadPoolExecutor(3) as pool:
+        patient = [pool.submit(connection.infer, PHOTO, (), {"sleep_s": 0.3}) for _ in range(3)]
+        wait_for(lambda: slow.metric("pending_request_count") >= 2)
+        with pytest.raises(InferenceError, match="timeout expired"):
+            slow.connect(protocol).infer(PHOTO, timeout_us=1000)
+        assert all(answer.result()["inverted"].shape == (1, 512, 512, 3) for answer in patient)
+    assert slow.metric("exec_count") == begun + 3
+
+
+def connect(server: Server, share: float) -> socket.socket:
+    """Return a connection over which the first part of a request was sent, and nothing is read."""
+    request = http_request(PHOTO, server.model_name)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", server.http_port))
+    connection.sendall(request[: int(share * len(request))])
+    return connection
+
+
+def hang_up(connection: socket.socket) -> None:
+    """Close the connection with a reset."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def test_clients_that_give_up_or_do_not_read_do_not_disturb_others(servers):
+    server = servers["strange clients"]
+    tritonserver = server.process_named("tritonserver")
+    http, grpc = (server.connect(protocol) for protocol in PROTOCOLS)
+    http.infer(PHOTO)
+    before = tritonserver.num_fds()
+    half, silent, gone = ([connect(server, share) for _ in range(5)] for share in (0.5, 1, 1))
+    for connection in gone:
+        hang_up(connection)
+    image = grpc.image_input(PHOTO)
+    for _ in range(5):
+        with pytest.raises(Exception, match="Deadline Exceeded"):
+            grpc.client.infer(server.model_name, [image], client_timeout=0.001)
+    for connection in (http, grpc):
+        assert (connection.infer(PHOTO)["inverted"][0] == 255 - decode(PHOTO)).all()
+    for connection in half[1:] + silent[1:]:
+        hang_up(connection)
+    wait_for(lambda: tritonserver.num_fds() <= before + 5)
+    # With one of each still connected.
+    assert server.stop() == 0
+    assert server.left_behind() == []
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_with_little_shared_memory_the_server_takes_smaller_photos_and_lives(servers):
+    server = servers["little shared memory"]
+    log = server.log.read_text()
+    most, instances = re.search(r"more than ([\d,]+) pixels are refused, instances: (\d+)\.", log).groups()
+    assert "SHARED MEMORY: /dev/shm has 67 MB free instead of " in log
+    assert re.search(r"docker run --shm-size \d+gb", log)
+    side = int(int(most.replace(",", "")) ** 0.5)
+    assert side >= 1000
+    assert int(instances) == 2
+    # Photos that grow up to the limit, with files as large as photos can have, several at once.
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8))
+    connections = [server.connect(protocol) for protocol in PROTOCOLS * 3]
+    with ThreadPoolExecutor(6) as pool:
+        for width in (side // 4, side // 2, 3 * side // 4, side, side, side):
+            encoded = encode(noise.crop((0, 0, width, side)), "JPEG", quality=100)
+            for answer in pool.map(lambda connection, encoded=encoded: connection.infer(encoded), connections):
+                assert answer["inverted"].shape == (1, side, width, 3)
+    with pytest.raises(InferenceError, match=r"bytes, and this server takes \d+ at most"):
+        connections[0].infer(encode(noise, "BMP"))
+    with pytest.raises(InferenceError, match=r"pixels, and this server takes \d+ at most"):
+        connections[1].infer(encode(Image.new("RGB", (side + 1, side + 1)), "PNG"))
+    assert server.process.poll() is None
+
+
+def test_a_disk_that_fills_up_does_not_disturb_a_running_server(servers):
+    server = servers["little disk"]
+    filler = Path(f"/proc/{server.process.pid}/root{server.home}/filler")  # as the server sees it
+    with pytest.raises(OSError, match="No space left"):
+        filler.write_bytes(bytes(1 << 27))
+    for protocol in PROTOCOLS:
+        assert (server.connect(protocol).infer(PHOTO)["inverted"][0] == 255 - decode(PHOTO)).all()

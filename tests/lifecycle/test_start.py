@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the server starts: what stops it, what it falls back to, and what a signal in between does."""
+
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+from conftest import (
+    PHOTO,
+    Server,
+    decode,
+    get,
+    patched_toy,
+    running_together,
+    start_toy,
+    wait_for,
+    with_tmpfs,
+)
+
+from serving.errors import UsageError
+from serving.launch import free_ports
+from serving.lifecycle import Lifecycle
+from serving.options import add_serving_options, make_parser
+from serving.triton import Triton
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Server]]:
+    """Servers by how they are started. All at once, which is faster."""
+    folder = tmp_path_factory.mktemp("start")
+    # A port that the command line overrides, and an option that the command line does not have.
+    environment = {"PYTRITON_TRITON_CONFIG_HTTP_PORT": "1", "PYTRITON_TRITON_CONFIG_ALLOW_METRICS": ""}
+    servers = {
+        "environment": start_toy(folder / "environment", "--verbose", environment=environment),
+        "two workers": start_toy(folder / "workers", "--device", "cpu,cpu", "--start", "warn"),
+    }
+    with running_together(servers) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        (["--start", "no memory"], 1, "a worker failed to start: CUDA out of memory. Tried to allocate 20 MiB.;"),
+        (["--start", "exit"], 1, "a worker ended while it started (exit status 3)"),
+        (["--start", "wrong option"], 2, "--start must not be wrong"),
+        (["--start", "hang", "--start-timeout-s", "2"], 1, "has not started within 2 s"),
+    ],
+)
+def test_a_worker_that_does_not_start_ends_the_server_with_one_line(arguments, status, expected, tmp_path):
+    with start_toy(tmp_path / "log", *arguments) as server:
+        assert server.process.wait(timeout=30) == status
+        line = server.log.read_text().splitlines()[-1]
+        assert line.startswith("toy_server.py: ")
+        assert expected in line
+        assert "Traceback" not in server.log.read_text()
+        assert server.left_behind() == []
+
+
+@pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--metrics-port"])
+def test_a_port_in_use_is_named_with_its_option(flag):
+    parser = make_parser("A server.")
+    add_serving_options(parser)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError) as error:
+            Triton(parser.parse_args([flag, str(port)]), Lifecycle(2))
+    assert str(error.value) == (
+        f"cannot listen on 127.0.0.1:{port} (Address already in use): choose another {flag} or --address"
+    )
+
+
+def test_two_ports_that_are_the_same_are_refused():
+    parser = make_parser("A server.")
+    add_serving_options(parser)
+    port = free_ports(1)[0]
+    with pytest.raises(UsageError, match="choose another --metrics-port"):
+        Triton(parser.parse_args(["--http-port", str(port), "--metrics-port", str(port)]), Lifecycle(2))
+
+
+def test_triton_options_come_from_the_environment_and_the_command_line_wins(servers):
+    server = servers["environment"]  # it is ready at the port of the command line
+    ready = next(line for line in server.log.read_text().splitlines() if "ready: model" in line)
+    assert f"http://127.0.0.1:{server.http_port}, grpc://127.0.0.1:{server.grpc_port}" in ready
+    assert "/metrics" not in ready
+    with pytest.raises(OSError, match="refused"):
+        get(server.metrics_port, "/metrics")
+
+
+def test_a_wrong_triton_option_in_the_environment_is_one_line(tmp_path):
+    environment = {"PYTRITON_TRITON_CONFIG_GRPC_KEEPALIVE_TIME": "soon"}
+    with start_toy(tmp_path / "log", environment=environment) as server:
+        assert server.process.wait(timeout=30) == 2
+        assert "PYTRITON_TRITON_CONFIG_" in server.log.read_text().splitlines()[-1]
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_warnings_of_all_workers_stand_right_above_the_line_that_says_ready(servers):
+    lines = servers["two workers"].log.read_text().splitlines()
+    ready = next(index for index, line in enumerate(lines) if "ready: model Toy" in line)
+    assert "WARNING server: FALLBACK: of this worker" in lines[ready - 1]
+    assert sum("FALLBACK" in line for line in lines) == 3  # once from each worker, and once more for both
+
+
+def test_each_device_has_a_worker_and_all_of_them_answer(servers):
+    server = servers["two workers"]
+
+    def busy() -> list[float]:
+        return [process.cpu_times().user for process in server.workers()]
+
+    before = busy()
+    assert len(before) == 2
+    connection = server.connect("grpc")
+
+    def all_have_worked() -> bool:
+        with ThreadPoolExecutor(4) as pool:
+            for answer in pool.map(connection.infer, [PHOTO] * 4):
+                assert (answer["inverted"][0] == 255 - decode(PHOTO)).all()
+        return all(late > early for early, late in zip(before, busy(), strict=True))
+
+    wait_for(all_have_worked)
+
+
+def test_a_workspace_that_cannot_be_created_is_one_line(tmp_path):
+    with start_toy(tmp_path / "log", environment={"PYTRITON_HOME": "/proc/nowhere"}) as server:
+        assert server.process.wait(timeout=30) == 2
+        assert "toy_server.py: PyTriton cannot create its workspace: " in server.log.read_text().splitlines()[-1]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with start_toy(tmp_path / "log", prefix=with_tmpfs("$PYTRITON_HOME", "1m")) as server:
+        assert server.process.wait(timeout=60) == 1
+        assert "No space left on device" in server.log.read_text().splitlines()[-1]
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_without_shared_memory_the_server_says_how_to_get_it(tmp_path):
+    with start_toy(tmp_path / "log", prefix=with_tmpfs("/dev/shm", "1m")) as server:
+        assert server.process.wait(timeout=30) == 2
+        line = server.log.read_text().splitlines()[-1]
+        assert line.startswith(
+            "toy_server.py: /dev/shm has only 1 MB free, too little for any photo: use docker run --shm"
+        )
+
+
+def test_a_signal_while_the_workers_start_ends_the_server(tmp_path):
+    with start_toy(tmp_path / "log", "--start", "hang") as server:
+        wait_for(lambda: "device: CPU" in server.log.read_text())
+        assert server.stop() == 0
+        assert server.left_behind() == []
+
+
+SIGNAL_AFTER_FORK = """
+import os, signal
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+"""
+
+
+def test_a_signal_right_after_the_fork_of_a_worker_leaves_no_process_behind(tmp_path):
+    script = patched_toy(tmp_path, SIGNAL_AFTER_FORK)
+    with Server(tmp_path / "log", "--start", "hang", script=script) as server:
+        assert server.process.wait(timeout=20) == 0
+        assert server.left_behind() == []
+
+
+PARENT_DIES_FIRST = """
+import ctypes, os, signal, time
+import serving.worker
+
+class Ctypes:
+    def CDLL(self, name):
+        parent = os.getppid()
+        os.kill(parent, signal.SIGKILL)
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        return ctypes.CDLL(name)
+
+serving.worker.ctypes = Ctypes()
+"""
+
+
+def test_a_worker_whose_server_dies_before_the_worker_can_watch_it_ends(tmp_path):
+    with Server(tmp_path / "log", "--start", "hang", script=patched_toy(tmp_path, PARENT_DIES_FIRST)) as server:
+        server.process.wait(timeout=20)
+        assert psutil.wait_procs(server.family(), timeout=10)[1] == []
+
+
+def test_verbose_shows_the_log_of_triton(servers):
+    assert "Started HTTPService at 127.0.0.1" in servers["environment"].log.read_text()
+    assert "Started HTTPService" not in servers["two workers"].log.read_text()
+
+
+def test_a_server_that_a_shell_starts_in_the_background_listens_to_sigint(tmp_path):
+    ignoring_sigint = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")  # as a shell does with a command before &
+    with start_toy(tmp_path / "log", "--start", "hang", prefix=ignoring_sigint) as server:
+        wait_for(lambda: "device: CPU" in server.log.read_text())
+        assert server.stop(signal.SIGINT) == 0

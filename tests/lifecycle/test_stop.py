@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the server stops: requests in flight are finished or told, and nothing is left behind."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+from conftest import PHOTO, PROTOCOLS, Server, decode, infer_until_refused, running_together, start_toy, wait_for
+
+from client import InferenceError
+
+IGNORING_SIGINT = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")  # as a shell does with a command before &
+UNDER_LOAD = ("SIGTERM", "SIGINT", "Ctrl-C in a terminal")
+
+
+class Stopped:
+    """A server that was told to stop, and the requests it had then."""
+
+    def __init__(self, server: Server):
+        self.server = server
+        self.clients: list[Future] = []
+        self.seconds: Future | None = None
+
+    def wait(self) -> float:
+        """Return how long it took to exit."""
+        began = time.monotonic()
+        self.server.process.wait(timeout=60)
+        return time.monotonic() - began
+
+    def assert_it_ended_cleanly(self, within_s: float) -> str:
+        """Return the log."""
+        assert self.seconds.result() < within_s
+        assert self.server.process.returncode == 0
+        assert self.server.left_behind() == []
+        log = self.server.log.read_text()
+        assert "Traceback" not in log
+        return log
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stopped]]:
+    """Servers by how they are stopped. All at once, because each takes some seconds to start and to stop."""
+    folder = tmp_path_factory.mktemp("stopped")
+    busy = ("--max-queue", 100)
+    servers = {
+        "SIGTERM": start_toy(folder / "sigterm", *busy),
+        "SIGINT": start_toy(folder / "sigint", *busy, prefix=IGNORING_SIGINT),
+        "Ctrl-C in a terminal": start_toy(folder / "ctrl-c", *busy),
+        "long drain": start_toy(folder / "long", "--drain-s", 6, "--instances", 2),
+        "short drain": start_toy(folder / "short", "--drain-s", 1),
+        "killed Triton": start_toy(folder / "triton", "--drain-s", 6),
+    }
+    with running_together(servers), ThreadPoolExecutor(100) as pool:
+        stopped = {how: Stopped(server) for how, server in servers.items()}
+        for how in UNDER_LOAD:
+            # More requests than can be finished: the others are told so, and the clients' connections stay open.
+            stopped[how].clients = [
+                pool.submit(infer_until_refused, servers[how].connect(protocol), sleep_s=0.1)
+                for protocol in PROTOCOLS * 10
+            ]
+        for how, seconds in (("long drain", 1.5), ("short drain", 100), ("killed Triton", 3)):
+            stopped[how].clients = [
+                pool.submit(servers[how].connect(protocol).infer, PHOTO, (), {"sleep_s": seconds})
+                for protocol in PROTOCOLS
+            ]
+        for how, server in servers.items():
+            wait_for(lambda server=server: "sleeping for" in server.log.read_text())
+            if how in UNDER_LOAD:
+                wait_for(lambda server=server: server.metric("request_success") >= 4)
+            server.segments()
+        for how, server in servers.items():
+            if how == "Ctrl-C in a terminal":  # Triton gets the signal, too
+                os.killpg(server.process.pid, signal.SIGINT)
+            else:
+                server.process.send_signal(signal.SIGINT if how == "SIGINT" else signal.SIGTERM)
+            stopped[how].seconds = pool.submit(stopped[how].wait)
+        for how in ("SIGTERM", "short drain"):  # somebody is impatient
+            wait_for(lambda how=how: "stopping: " in servers[how].log.read_text())
+            servers[how].process.send_signal(signal.SIGINT)
+            servers[how].process.send_signal(signal.SIGTERM)
+        servers["killed Triton"].process_named("tritonserver").kill()
+        yield stopped
+        for server in servers.values():
+            server.process.kill()
+
+
+@pytest.mark.parametrize("how", UNDER_LOAD)
+def test_a_signal_under_load_ends_the_server_cleanly(stopped, how):
+    stopped[how].assert_it_ended_cleanly(within_s=10)
+    results = [client.result() for client in stopped[how].clients]
+    assert sum(answered for answered, _ in results) > 0
+    for _, said in results:
+        assert re.search("is stopping|refused|closed|UNAVAILABLE|not ready|unknown|queue is full|reset", said), said
+
+
+def test_requests_in_flight_are_finished_within_the_drain_time(stopped):
+    # Together they take longer than the default of --drain-s.
+    log = stopped["long drain"].assert_it_ended_cleanly(within_s=12)
+    for client in stopped["long drain"].clients:
+        assert (client.result()["inverted"][0] == 255 - decode(PHOTO)).all()
+    assert "in flight have 6 s to finish" in log
+    assert "took too long" not in log
+
+
+def test_a_request_that_takes_longer_than_the_drain_time_does_not_hold_up_the_exit(stopped):
+    log = stopped["short drain"].assert_it_ended_cleanly(within_s=10)
+    # One request had begun, and the other one was waiting.
+    told = [str(client.exception()) for client in stopped["short drain"].clients]
+    assert all(type(client.exception()) is InferenceError for client in stopped["short drain"].clients)
+    assert "the server is stopping because its worker is gone: try again later" in told
+    assert "took too long; their clients are told so" in log
+
+
+def test_the_end_of_triton_does_not_hold_up_a_server_that_is_stopping(stopped):
+    stopped["killed Triton"].assert_it_ended_cleanly(within_s=12)
+    assert all(type(client.exception()) is InferenceError for client in stopped["killed Triton"].clients)

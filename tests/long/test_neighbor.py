@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another program takes the GPU's memory: requests that need more fail, and the server lives."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import NEEDS_GPU, PHOTO, encode, running_server, sample
+
+from client import InferenceError
+
+NEIGHBOR = """
+import sys, torch
+taken, size = [], 1 << 30
+while size > 1 << 20:
+    try:
+        taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+    except torch.OutOfMemoryError:
+        size //= 2
+print("full", flush=True)
+sys.stdin.read()
+"""
+
+
+@NEEDS_GPU
+@pytest.mark.alone
+def test_photos_fail_while_a_neighbor_fills_the_gpu_and_are_answered_afterwards(tmp_path):
+    large = encode(sample("person", (5000, 5000)), "JPEG")
+    with running_server(tmp_path / "log", "--weights", "demo") as server:
+        connection = server.connect("grpc")
+        command = [sys.executable, "-c", NEIGHBOR]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as neighbor:
+            assert neighbor.stdout.readline() == "full\n"
+            for _ in range(3):
+                with pytest.raises(InferenceError, match="the server failed at this request and logged the reason"):
+                    connection.infer(large)
+            neighbor.stdin.close()
+        assert connection.infer(large)["segmented"].shape == (1, 5000, 5000, 3)
+        assert connection.infer(PHOTO)["segmented"].any(axis=3).mean() > 0.3
+        assert server.stop() == 0
+        assert server.left_behind() == []

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All kinds of load at once, for a while: every good photo is answered rightly, and nothing grows.
+
+SOAK in the environment sets the seconds. The default of 60 shows little of growth; SOAK=1800 shows more.
+"""
+
+import os
+import random
+import socket
+import subprocess
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROTOCOLS, SAMPLES, Server, encode, http_request, running_server, sample, wait_for
+
+from client import Connection, InferenceError
+
+SECONDS = float(os.environ.get("SOAK", "60"))
+ROUNDS = 6
+CLIENTS = 16 if torch.cuda.is_available() else 3
+SIZES = [(1281, 851), (640, 426), (1024, 683), (500, 375)]
+GOOD = [
+    # As cameras write them.
+    *(encode(sample("person", size), "JPEG", quality=90, subsampling="4:2:0") for size in SIZES),
+    *(path.read_bytes() for path, _ in SAMPLES.values()),
+]
+BAD = [
+    (GOOD[0][:20_000], {}, "is truncated"),
+    (b"no photo at all", {}, "of an unknown type"),
+    (GOOD[1], {"class_name": "unicorn"}, "class_name must be one of"),
+    (GOOD[2], {"threshold": 7}, "threshold must be a number between 0 and 1"),
+]
+
+
+def send(http_port: int, url: str, expected: list[dict], seed: int, seconds: float) -> Counter:
+    """Send photos for some seconds, in a process of its own, and count what came of them."""
+    dice, end, outcomes = random.Random(seed), time.monotonic() + seconds, Counter()
+    connection = Connection(url)
+    while time.monotonic() < end:
+        kind = dice.choices(("good", "bad", "half a request", "impatient"), (80, 14, 3, 3))[0]
+        if kind == "good":
+            index = dice.randrange(len(GOOD))
+            outputs = dice.choice((("original", "segmented"), ("segmented",)))
+            try:
+                answer = connection.infer(GOOD[index], outputs, {"class_name": "cat"})
+            except InferenceError as error:
+                outcomes[f"good, FAILED: {error}"] += 1
+                continue
+            right = all(is_similar(answer[name], expected[index][name]) for name in outputs)
+            outcomes["good, answered" if right else "good, answered WRONG"] += 1
+        elif kind == "bad":
+            encoded, parameters, sentence = dice.choice(BAD)
+            try:
+                connection.infer(encoded, (), parameters)
+                outcomes["bad, ANSWERED"] += 1
+            except InferenceError as error:
+                outcomes["bad, refused" if sentence in str(error) else f"bad, REFUSED OTHERWISE: {error}"] += 1
+        elif kind == "half a request":
+            with socket.create_connection(("127.0.0.1", http_port)) as half:
+                half.sendall(http_request(GOOD[0])[:9999])
+            outcomes["half a request"] += 1
+        else:
+            try:
+                connection.infer(GOOD[0], timeout_us=1)
+                outcomes["impatient, answered"] += 1  # nobody was waiting
+            except InferenceError as error:
+                expired = "timeout expired" in str(error)
+                outcomes["impatient, given up" if expired else f"impatient, FAILED: {error}"] += 1
+    return outcomes
+
+
+def is_similar(answer: np.ndarray, expected: np.ndarray) -> bool:
+    """Return whether all but a few pixels are the same. The network rounds differently in batches of another size."""
+    return answer.shape == expected.shape and (answer != expected).any(axis=3).mean() < 0.003
+
+
+def state(server: Server) -> dict[str, int]:
+    """Return how much of everything the server has, once its clients' connections are gone."""
+    family = server.family()
+    counts = [-1]
+
+    def is_steady() -> bool:
+        counts.append(sum(process.num_fds() for process in family))
+        time.sleep(0.5)
+        return counts[-1] == counts[-2]
+
+    wait_for(is_steady)
+    gpu = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return {
+        "memory, MB": round(server.memory() / 1e6),
+        "shared memory, MB": round(sum(segment.stat().st_blocks * 512 for segment in server.segments()) / 1e6),
+        "GPU memory, MB": int(subprocess.check_output(gpu).split()[0]) if torch.cuda.is_available() else 0,
+        "file descriptors": counts[-1],
+        "threads": sum(process.num_threads() for process in family),
+        "processes": len(family),
+    }
+
+
+@pytest.mark.timeout(200 + 2 * SECONDS)
+def test_under_load_every_good_photo_is_answered_rightly_and_nothing_grows(tmp_path):
+    outcomes, states, failed = Counter(), [], []
+    with (
+        running_server(tmp_path / "log", "--weights", "demo", "--max-queue", "100") as server,
+        ProcessPoolExecutor(CLIENTS, mp_context=get_context("spawn")) as pool,
+    ):
+        connection = server.connect("grpc")
+        expected = [connection.infer(photo, parameters={"class_name": "cat"}) for photo in GOOD]
+        urls = [server.connect(protocol).url for protocol in PROTOCOLS]
+        for number in range(ROUNDS):
+            clients = [
+                pool.submit(send, server.http_port, urls[seed % 2], expected, seed, SECONDS / ROUNDS)
+                for seed in range(number * CLIENTS, (number + 1) * CLIENTS)
+            ]
+            for client in clients:
+                outcomes += client.result()
+            failed.append(server.metric("request_failure"))
+            states.append(state(server))
+            print(states[-1], flush=True)  # pytest -rP shows it
+        print(dict(outcomes))
+        assert not [outcome for outcome in outcomes if not outcome.islower()]
+        assert outcomes["good, answered"] > 0
+        assert outcomes["bad, refused"] > 0
+        # At first heaps fill up, so everything is compared from the half on. tritonserver keeps 1.4 KB and more of
+        # each failed request.
+        half, end = states[ROUNDS // 2 - 1], states[-1]
+        kept = 3e-3 * (failed[-1] - failed[ROUNDS // 2 - 1])
+        assert end["memory, MB"] < half["memory, MB"] + kept + 2 * end["processes"]
+        assert end["shared memory, MB"] <= half["shared memory, MB"] + 5 * end["processes"]
+        assert end["GPU memory, MB"] <= half["GPU memory, MB"] + 100
+        assert end["file descriptors"] <= half["file descriptors"] + end["processes"]
+        assert end["threads"] <= half["threads"] + 5
+        assert end["processes"] == half["processes"]
+        assert "Traceback" not in server.log.read_text()
+        assert server.stop() == 0
+        assert server.left_behind() == []

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command lines: each mistake is one line that names the option and what is valid, with status 2."""
+
+import argparse
+
+import pytest
+import torch
+from conftest import SAMPLES
+
+import client
+import server
+from serving.device import list_devices, resolve_device
+from serving.errors import UsageError
+from serving.options import DEVICE_DEFAULTS, device_default
+from serving.triton import _configure
+
+
+def mistake(parse_options, arguments: list[str], capsys) -> str:
+    """Return the line that a mistake on the command line prints."""
+    with pytest.raises(SystemExit) as end:
+        parse_options(arguments)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--device", "tpu", "must be auto, all, cpu, cuda, cuda:N, or several devices separated by commas, not tpu"),
+        ("--device", "cpu,", "must be auto, all, cpu, cuda, cuda:N, or several devices separated by commas, not cpu,"),
+        ("--threshold", "1.5", "must be a number between 0 and 1, not 1.5"),
+        ("--threshold", "nan", "must be a number between 0 and 1, not nan"),
+        ("--threshold", "", "must be a number between 0 and 1, not empty"),
+        ("--input-size", "0", "must be a whole number between 32 and 2048, not 0"),
+        ("--max-pixels", "-3", "must be a whole number of at least 1, not -3"),
+        ("--instances", "many", "must be a whole number between 0 and 64, not many"),
+        ("--max-batch-size", "65", "must be a whole number between 0 and 64, not 65"),
+        ("--max-queue", "1.5", "must be a whole number of at least 0, not 1.5"),
+        ("--http-port", "99999", "must be a whole number between 1 and 65535, not 99999"),
+        ("--drain-s", "-1", "must be a number of at least 0, not -1"),
+        ("--start-timeout-s", "0", "must be a number of at least 1, not 0"),
+        ("--worker-timeout-s", "soon", "must be a number of at least 1, not soon"),
+        ("--address", "", "must not be empty; 0.0.0.0 listens on all addresses"),
+        ("--address", "a..b", "must be an IPv4 address or a known host name, not a..b"),
+        ("--address", "no.such.host.invalid", "must be an IPv4 address or a known host name, not no.such.host.invalid"),
+        ("--precision", "fp64", "invalid choice: 'fp64' (choose from "),
+    ],
+)
+def test_a_bad_value_names_the_option_and_the_valid_range(option, value, expected, capsys):
+    line = mistake(server.parse_options, [f"{option}={value}"], capsys)
+    assert f"error: argument {option}: {expected}" in line
+
+
+@pytest.mark.parametrize("parse_options", [server.parse_options, client.parse_options])
+def test_an_unknown_option_is_named(parse_options, capsys):
+    assert "error: unrecognized arguments: --nonsense" in mistake(parse_options, ["--nonsense"], capsys)
+
+
+@pytest.mark.parametrize("parse_options", [server.parse_options, client.parse_options])
+def test_help_shows_each_option_with_its_default(parse_options, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_options(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "(default: " in text
+    assert "None" not in text
+    assert "==SUPPRESS==" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--concurrency", "0"], "argument --concurrency: must be at least 1, not 0"),
+        (["--threshold", "high"], "argument --threshold: invalid float value: 'high'"),
+        (["--image-paths"], "argument --image-paths: expected at least one argument"),
+    ],
+)
+def test_a_mistake_in_the_clients_options_is_one_line(arguments, expected, capsys):
+    assert expected in mistake(client.parse_options, arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--image-paths", "missing.jpg"], "--image-paths: cannot read missing.jpg (No such file or directory)"),
+        (["--image-paths", "."], "--image-paths: cannot read . (Is a directory)"),
+        (["--dump-images", "--output-dir", "/proc/nothing"], "--output-dir: cannot create /proc/nothing ("),
+        (["--url", "ftp://127.0.0.1:8000"], "--url must be http://host:port, grpc://host:port or host, not ftp"),
+        (["--url", "http://127.0.0.1:999999"], "--url http://127.0.0.1:999999: Port out of range"),
+        (["--url", "http://"], "--url must be"),
+    ],
+)
+def test_what_the_client_cannot_send_is_one_line(arguments, expected):
+    with pytest.raises(client.ClientError) as error:
+        client.send_all(client.parse_options(arguments))
+    assert str(error.value).startswith(expected)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_server_without_options_has_the_documented_defaults():
+    options = server.parse_options([])
+    assert (options.weights, options.class_name, options.threshold) == ("auto", "person", 0.6)
+    assert (options.input_size, options.precision, options.device) == (224, "auto", "auto")
+    assert (options.max_pixels, options.drain_s) == (25_000_000, 2)
+    assert (options.start_timeout_s, options.worker_timeout_s) == (600, 300)
+    assert device_default(options, "instances", "cuda") == DEVICE_DEFAULTS["cuda"]["instances"] == 12
+    assert device_default(server.parse_options(["--instances", "3"]), "instances", "cuda") == 3
+
+
+def test_without_options_triton_listens_on_loopback(monkeypatch):
+    config = _configure(server.parse_options([]))
+    assert [config.http_address, config.grpc_address, config.metrics_address] == ["127.0.0.1"] * 3
+    assert [config.http_port, config.grpc_port, config.metrics_port] == [8000, 8001, 8002]
+    monkeypatch.setenv("PYTRITON_TRITON_CONFIG_HTTP_PORT", "9000")
+    monkeypatch.setenv("PYTRITON_TRITON_CONFIG_GRPC_ADDRESS", "127.0.0.2")
+    config = _configure(server.parse_options(["--grpc-port", "9001"]))
+    assert [config.http_port, config.grpc_port, config.grpc_address] == [9000, 9001, "127.0.0.2"]
+    config = _configure(server.parse_options(["--http-port", "9002", "--address", "localhost"]))
+    assert [config.http_port, config.grpc_address] == [9002, "127.0.0.1"]
+
+
+def test_a_class_that_the_network_does_not_know_is_refused_before_it_is_served():
+    options = argparse.Namespace(**vars(server.parse_options(["--weights", "demo", "--class-name", "unicorn"])))
+    with pytest.raises(UsageError, match="--class-name must be one of __background__, aeroplane, .*, not unicorn"):
+        server.load(options, "cpu")
+
+
+def test_a_gpu_that_does_not_exist_is_named():
+    with pytest.raises(UsageError, match="--device cuda:99: torch finds "):
+        resolve_device("cuda:99")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_only_auto_and_cpu_work():
+    assert resolve_device("auto") == resolve_device("cpu") == "cpu"
+    with pytest.raises(UsageError, match="--device cuda: torch finds 0 CUDA devices"):
+        resolve_device("cuda")
+    with pytest.raises(UsageError, match="--device all: torch finds no CUDA device"):
+        list_devices("all")
+
+
+def test_devices_are_listed_in_order():
+    assert list_devices("cpu") == ["cpu"]
+    assert list_devices("cuda:1,cuda:0") == ["cuda:1", "cuda:0"]
+
+
+def test_the_sample_photo_is_sent_by_default():
+    assert client.parse_options([]).image_paths == [SAMPLES["person"][0]]
+    assert client.parse_options([]).parameters == {}
+    parameters = client.parse_options(["--class-name", "cat", "--threshold", "0.5"]).parameters
+    assert parameters == {"class_name": "cat", "threshold": 0.5}

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of serving/ by themselves: channels, batches, instances, shared memory, the end of the server."""
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import as_array
+from pytriton.proxy.types import Request
+
+from serving.batcher import Batcher
+from serving.channel import FORK, lay_out, layout_of, open_channels
+from serving.errors import InferenceFailed, InvalidRequest, ServerError, UsageError
+from serving.instance import Instance
+from serving.lifecycle import Lifecycle
+from serving.memory import AnswerMemory, fit_shared_memory
+from serving.photo import max_photo_bytes
+
+PHOTO = {"image": as_array(b"photo")}
+
+
+class Forked:
+    """A batcher in a process of its own, as the server has it."""
+
+    def __init__(self, runner, channel_count: int, max_batch_size: int, explain=lambda error: error):
+        self.channels = open_channels(channel_count, 1000, 1000)
+        batcher = Batcher(self.channels, lambda *job: job, [runner], explain, max_batch_size)
+        self.process = FORK.Process(target=batcher.run, daemon=True)
+        self.process.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.join()
+
+
+def double(jobs):
+    """Answer each job with twice its inputs."""
+    answers = []
+    for channel, arrays, _ in jobs:
+        answer = lay_out(channel.answer_memory, layout_of(arrays))
+        for name, array in arrays.items():
+            answer[name][...] = 2 * array
+        answers.append(answer)
+    return answers
+
+
+def test_a_channel_carries_arrays_of_any_type_and_shape():
+    arrays = {
+        "bytes": np.arange(3, dtype=np.uint8),
+        "floats": np.arange(6, dtype=np.float32).reshape(1, 2, 3),
+        "integers": np.array([[-1], [1 << 40]]),
+        "doubles": np.arange(8, dtype=np.float64).reshape(2, 4).T,  # not contiguous
+        "scalar": np.array(1.5),
+        "empty": np.empty((0, 3), np.float16),
+    }
+    with Forked(double, 1, 1) as forked:
+        answer = forked.channels[0].call(arrays, None)
+        assert list(answer) == list(arrays)
+        for name, array in arrays.items():
+            assert answer[name].dtype == array.dtype
+            np.testing.assert_array_equal(answer[name], 2 * array)
+            assert answer[name].ctypes.data % answer[name].itemsize == 0
+
+
+def test_a_request_that_does_not_fit_into_the_channel_is_refused():
+    with Forked(double, 1, 1) as forked:
+        with pytest.raises(ValueError, match="image does not fit"):
+            forked.channels[0].call({"image": np.zeros(1001, np.uint8)}, None)
+        with pytest.raises(ValueError, match="memoryview"):
+            forked.channels[0].call(PHOTO, "x" * (2 << 20))
+        assert forked.channels[0].call({"image": np.ones(1000, np.uint8)}, None)["image"].sum() == 2000
+
+
+def test_only_the_request_at_fault_in_a_batch_fails():
+    release = FORK.Event()
+
+    def runner(jobs):
+        release.wait()  # until all are waiting: the first call takes one or two, the next one all others
+        if any(message == "bad" for _, _, message in jobs):
+            raise InvalidRequest("this one is bad")
+        return [{} for _ in jobs]
+
+    messages = ["good", "bad", "good", "bad", "good"]
+    with Forked(runner, len(messages), 8) as forked, ThreadPoolExecutor(len(messages)) as pool:
+        answers = [
+            pool.submit(channel.call, PHOTO, message)
+            for channel, message in zip(forked.channels, messages, strict=True)
+        ]
+        release.set()
+        for message, answer in zip(messages, answers, strict=True):
+            if message == "bad":
+                with pytest.raises(InvalidRequest, match="this one is bad"):
+                    answer.result()
+            else:
+                assert answer.result() == {}
+
+
+def test_a_batch_is_what_is_waiting():
+    entered, release, sizes = FORK.Event(), FORK.Event(), FORK.SimpleQueue()
+
+    def runner(jobs):
+        entered.set()
+        release.wait()
+        sizes.put(len(jobs))
+        return double(jobs)
+
+    with Forked(runner, 11, max_batch_size=4) as forked, ThreadPoolExecutor(11) as pool:
+        requests = [{"number": np.array([number], np.uint8)} for number in range(11)]
+        first = pool.submit(forked.channels[0].call, requests[0], None)
+        entered.wait()
+        others = [
+            pool.submit(channel.call, request, None)
+            for channel, request in zip(forked.channels[1:], requests[1:], strict=True)
+        ]
+        while forked.channels[0].waiting.get_value() < 10:
+            time.sleep(0.01)
+        release.set()
+        assert [future.result()["number"].tolist() for future in [first, *others]] == [[2 * n] for n in range(11)]
+        assert [sizes.get() for _ in range(4)] == [1, 4, 4, 2]
+
+
+@pytest.mark.parametrize("runner", [lambda jobs: [], lambda jobs: os._exit(1)])  # noqa: ARG005
+def test_callers_are_told_when_the_other_process_is_gone(runner):
+    with Forked(runner, 1, max_batch_size=4) as forked, ThreadPoolExecutor(1) as pool:
+        call = pool.submit(forked.channels[0].call, PHOTO, None)
+        forked.process.join(10)
+        assert forked.process.exitcode == 1
+        forked.channels[0].break_off()
+        with pytest.raises(ConnectionError):
+            call.result()
+        with pytest.raises(ConnectionError):
+            forked.channels[0].call(PHOTO, None)
+
+
+def test_the_timeout_counts_from_the_last_answer_to_anybody_and_is_waited_for_once():
+    def runner(jobs):
+        (job,) = jobs
+        time.sleep(job[2])
+        return double(jobs)
+
+    with Forked(runner, 3, max_batch_size=1) as forked, ThreadPoolExecutor(3) as pool:
+        began = time.monotonic()
+        seconds = (0.8, 0.8, 100)
+        calls = [
+            pool.submit(channel.call, PHOTO, message, 1.5)
+            for channel, message in zip(forked.channels, seconds, strict=True)
+        ]
+        for call in calls[:2]:  # the second one takes 1.6 s in all, but the worker has shown that it is alive
+            assert call.result()["image"].size == 5
+        with pytest.raises(TimeoutError):
+            calls[2].result()
+        assert 3.0 < time.monotonic() - began < 4.2  # 1.6 s and 1.5 s
+        with pytest.raises(ConnectionError):  # a late answer is not the answer to the next call
+            forked.channels[2].call(PHOTO, 0)
+
+
+def make_instance(forked: Forked, lifecycle: Lifecycle | None = None) -> Instance:
+    return Instance(forked.channels[0], 1000, timeout_s=10, lifecycle=lifecycle or Lifecycle(1))
+
+
+def test_two_requests_in_one_call_do_not_share_memory():
+    with Forked(double, 1, 1) as forked:
+        requests = [Request({"image": np.full((1, 5), number, np.uint8)}, {}) for number in (1, 2)]
+        first, second = make_instance(forked)(requests)
+        assert first["image"].tolist() == [[2] * 5]
+        assert second["image"].tolist() == [[4] * 5]
+
+
+def test_an_instance_refuses_what_it_cannot_send(caplog):
+    with Forked(double, 1, 1) as forked:
+        instance = make_instance(forked)
+        with pytest.raises(InvalidRequest, match="the batch dimension must be 1"):
+            instance([Request({"image": np.zeros((2, 5), np.uint8)}, {})])
+        with pytest.raises(InvalidRequest, match="the request has 1001 bytes, and this server takes 1000 at most"):
+            instance([Request({"image": np.zeros((1, 1001), np.uint8)}, {})])
+        assert caplog.text.count("refused a request: ") == 2
+
+
+def test_a_server_that_has_drained_refuses_requests():
+    with Forked(double, 1, 1) as forked:
+        lifecycle = Lifecycle(drain_s=0)
+        instance, request = make_instance(forked, lifecycle), Request({"image": np.zeros((1, 5), np.uint8)}, {})
+        assert instance([request])
+        lifecycle.drain()
+        with pytest.raises(InferenceFailed, match="the server is stopping: send the photo to another server"):
+            instance([request])
+
+
+@pytest.fixture
+def restore_signals():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("restore_signals")
+@pytest.mark.parametrize(("error", "status"), [(ServerError, 1), (UsageError, 2)])
+def test_an_error_of_the_server_is_one_line_and_a_status(error, status, capsys):
+    with pytest.raises(SystemExit) as end, Lifecycle(1):
+        raise error("what is wrong")
+    assert end.value.code == status
+    assert capsys.readouterr().err.endswith(": what is wrong\n")
+
+
+@pytest.mark.usefixtures("restore_signals")
+def test_a_failure_in_another_thread_ends_the_server_with_status_1(caplog):
+    with pytest.raises(SystemExit) as end, Lifecycle(1) as lifecycle:  # noqa: PT012 - the block is under test
+        threading.Thread(target=lifecycle.fail, args=("lost the GPU",)).start()
+        time.sleep(10)
+    assert end.value.code == 1
+    assert "lost the GPU" in caplog.text
+
+
+@pytest.mark.usefixtures("restore_signals")
+def test_a_deferred_signal_arrives_at_the_end_of_the_block():
+    done = []
+    with pytest.raises(SystemExit) as end, Lifecycle(1) as lifecycle:  # noqa: PT012 - the block is under test
+        with lifecycle.signals_deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("clean-up")
+        done.append("more")
+    assert (end.value.code, done) == (0, ["clean-up"])
+
+
+@pytest.mark.usefixtures("restore_signals")
+def test_only_the_first_signal_counts():
+    done = []
+    with pytest.raises(SystemExit), Lifecycle(1) as lifecycle:  # noqa: PT012 - the block is under test
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            lifecycle.fail("not the first failure")
+            done.append("clean-up")
+    assert done == ["clean-up"]
+
+
+def message_bytes(pixels: int) -> int:
+    return max_photo_bytes(pixels) + 6 * pixels
+
+
+def test_enough_shared_memory_changes_nothing():
+    assert fit_shared_memory(12, 25_000_000, 11 * 10**9, message_bytes) == (12, 25_000_000, "")
+
+
+def test_with_little_shared_memory_there_are_fewer_instances_and_smaller_photos():
+    instances, max_pixels, warning = fit_shared_memory(12, 25_000_000, 10**9, message_bytes)
+    assert instances == 12
+    assert 1_900_000 < max_pixels < 2_300_000
+    assert warning.startswith("SHARED MEMORY: /dev/shm has 1,000 MB free instead of 10,434.")
+    assert f"more than {max_pixels:,} pixels are refused, instances: 12." in warning
+    assert "docker run --shm-size 11gb" in warning
+    instances, max_pixels, _ = fit_shared_memory(12, 25_000_000, 64 << 20, message_bytes)
+    assert instances == 1
+    assert max_pixels > 1_000_000
+    with pytest.raises(UsageError, match="too little for any photo: use docker run --shm-size 11gb"):
+        fit_shared_memory(12, 25_000_000, 1 << 20, message_bytes)
+
+
+def test_an_answer_that_does_not_fit_into_its_memory_is_an_error():
+    memory = AnswerMemory(np.empty(100, np.uint8), "cpu")
+    with pytest.raises(ValueError, match="b does not fit"):
+        memory.store({"a": np.zeros(60, np.uint8), "b": np.zeros(60, np.uint8)})

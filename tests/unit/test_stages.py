@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each stage by itself, without Triton, compared with an independent reference."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICES, SAMPLES, as_array, decode, encode, psnr, sample
+from PIL import Image
+from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights, deeplabv3_resnet101
+from torchvision.transforms import v2
+
+from model_inference import SegmentationNetwork, load_network, pick_precision, pretrained_weights
+from pipelines import Postprocess, Preprocess
+from server import NETWORK
+from serving.errors import InvalidRequest, UsageError
+from weights.loading import load_weights
+
+PRETRAINED = DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1
+PRESET = PRETRAINED.transforms()
+
+
+@functools.cache
+def preprocess(device: str) -> Preprocess:
+    return Preprocess(torch.device(device), 224)
+
+
+def to_arrays(batch) -> list[np.ndarray]:
+    return [np.asarray(array) for array in batch.as_cpu()]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [None, (1281, 851), (100, 60), (1, 1)])
+@pytest.mark.parametrize("class_name", SAMPLES)
+def test_preprocessing_matches_torchvision(device, size, class_name):
+    photo = sample(class_name, size)
+    photos, images = preprocess(device)([as_array(encode(photo, "PNG"))])
+    np.testing.assert_array_equal(to_arrays(photos)[0], np.asarray(photo))
+    small = v2.functional.resize(v2.functional.pil_to_tensor(photo).float() / 255, [224, 224], antialias=True)
+    expected = v2.functional.normalize(small, PRESET.mean, PRESET.std)
+    assert images.shape == (1, 3, 224, 224)
+    assert images.dtype == torch.float32
+    assert images.device.type == device
+    difference = (images[0].cpu() - expected).abs()
+    # DALI and torchvision round the filter's support differently: a few pixels at the edges differ.
+    assert difference.mean() < 3e-4
+    assert difference.max() < 0.25
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("class_name", SAMPLES)
+def test_decoding_matches_pillow(device, subsampling, progressive, class_name):
+    encoded = encode(sample(class_name), "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+    photos, _ = preprocess(device)([as_array(encoded)])
+    assert psnr(to_arrays(photos)[0], decode(encoded)) > 40
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_decoding_color_noise_matches_pillow(device):
+    # The worst case of color subsampling: every pixel of another color.
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 403, 3), dtype=np.uint8))
+    encoded = encode(noise, "JPEG", quality=90, subsampling="4:2:0")
+    photos, _ = preprocess(device)([as_array(encoded)])
+    assert psnr(to_arrays(photos)[0], decode(encoded)) > 40
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_preprocessing_continues_after_a_photo_that_cannot_be_decoded(device):
+    preprocessing = preprocess(device)
+    good = encode(sample("cat"), "PNG")
+    for bad in (good[:20_000], b"no photo at all"):
+        with pytest.raises(InvalidRequest, match="cannot be decoded"):
+            preprocessing([as_array(bad)])
+        photos, _ = preprocessing([as_array(good)])
+        np.testing.assert_array_equal(to_arrays(photos)[0], decode(good))
+
+
+def interpolate(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Linear interpolation with pixel centers at half, values repeated beyond the edge, in float64."""
+    for axis, length in enumerate(size):
+        position = (np.arange(length) + 0.5) * values.shape[axis] / length - 0.5
+        below = np.floor(position).astype(int)
+        share = (position - below).reshape(-1, *[1] * (1 - axis))
+        lower, upper = (np.take(values, (below + step).clip(0, values.shape[axis] - 1), axis) for step in (0, 1))
+        values = lower * (1 - share) + upper * share
+    return values
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "sizes", [[(512, 512)], [(851, 1281)], [(1, 1)], [(4000, 1)], [(100, 60), (300, 451), (224, 224), (1, 7)]]
+)
+def test_postprocessing_matches_numpy(device, sizes):
+    random = np.random.default_rng(1)
+    photos = [random.integers(1, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    probability = random.random((len(sizes), 224, 224), dtype=np.float32)
+    thresholds = [0.6, 0.5, 0.25, 0.9][: len(sizes)]
+    device = torch.device(device)
+    batch, _ = Preprocess(device, 224, len(sizes))(
+        [as_array(encode(Image.fromarray(photo), "PNG")) for photo in photos]
+    )
+    segmented = to_arrays(Postprocess(device, len(sizes))(batch, torch.from_numpy(probability).to(device), thresholds))
+    for index, photo in enumerate(photos):
+        exact = interpolate(probability[index].astype(np.float64), sizes[index])
+        expected = photo * (exact > thresholds[index])[..., None]
+        differs = (segmented[index] != expected).any(axis=2)
+        # Exactly, except where the threshold is closer than float32 can tell.
+        assert np.abs(exact - thresholds[index])[differs].max(initial=0) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_postprocessing_at_the_ends_of_the_threshold(device, threshold):
+    photo = Image.new("RGB", (30, 20), (10, 20, 30))
+    batch, _ = preprocess(device)([as_array(encode(photo, "PNG"))])
+    probability = torch.full((1, 224, 224), 0.5, device=device)
+    segmented = to_arrays(Postprocess(torch.device(device))(batch, probability, [threshold]))[0]
+    np.testing.assert_array_equal(segmented, np.asarray(photo) * (threshold < 0.5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_network_matches_torchvision_with_weights_from_torchs_cache(device, tmp_path, monkeypatch, caplog):
+    # torchvision's own loading path, with a file in torch's cache instead of a download.
+    torch.manual_seed(0)
+    reference = deeplabv3_resnet101(weights=None, weights_backbone=None, aux_loss=True)
+    for module in reference.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    reference.classifier[-1].weight.data *= 1.5e-4  # logits of a few, for probabilities that are neither all 0 or 1
+    file = tmp_path / "hub" / "checkpoints" / PRETRAINED.url.rsplit("/", 1)[1]
+    file.parent.mkdir(parents=True)
+    torch.save(reference.state_dict(), file)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    reference = deeplabv3_resnet101(weights=PRETRAINED).eval()
+    caplog.set_level("INFO")
+    state_dict = load_weights("auto", NETWORK)
+    assert "COCO_WITH_VOC_LABELS_V1" in caplog.text
+    assert "WARNING" not in caplog.text
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        expected = reference(images)["out"].softmax(dim=1)
+    assert expected.std() > 0.03
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    probabilities = SegmentationNetwork(NETWORK, state_dict, torch.device(device))(images).cpu()
+    assert probabilities.shape == (2, 21, 224, 224)
+    assert probabilities.dtype == torch.float32
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(2, 224, 224))
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-4)
+
+
+def test_the_class_names_are_those_of_pascal_voc():
+    names = pretrained_weights(NETWORK).meta["categories"]
+    assert len(names) == 21
+    assert names.index("person") == 15
+    assert names.index("cat") == 8
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_automatic_precision_depends_on_the_hardware_alone(device):
+    choices = {pick_precision(torch.device(device)) for _ in range(5)}
+    assert len(choices) == 1
+    if device == "cpu":
+        assert choices == ({"bf16"} if torch.cpu.get_capabilities().get("amx_bf16") else {"fp32"})
+
+
+def test_weights_too_large_for_fp16_are_noticed():
+    state_dict = load_weights("demo", NETWORK)
+    state_dict["classifier.4.weight"] = state_dict["classifier.4.weight"] * 1e6
+    for precision, expected in (("fp16", True), ("fp32", False)):
+        assert SegmentationNetwork(NETWORK, state_dict, torch.device("cpu"), precision).overflows(64) is expected
+    with pytest.raises(UsageError, match="--precision fp16 is too small for these weights: use bf16, fp32 or auto"):
+        load_network(NETWORK, state_dict, torch.device("cpu"), "fp16", 64)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_weights_too_large_for_fp16_are_served_in_fp32(caplog):
+    state_dict = load_weights("demo", NETWORK)
+    state_dict["classifier.4.weight"] = state_dict["classifier.4.weight"] * 1e6
+    assert load_network(NETWORK, state_dict, torch.device("cuda"), "auto", 224).precision == "fp32"
+    assert "FP16 OVERFLOW" in caplog.text

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for the layout of the code that keep the lesson readable and the machinery reusable."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+FILES = [path for path in ROOT.rglob("*.py") if not {".venv", "tests"} & {*path.relative_to(ROOT).parts}]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imports(path: Path) -> set[str]:
+    """Return the project's modules that a file imports anywhere, type-only imports included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & MODULES.keys()
+
+
+def test_serving_imports_nothing_from_the_rest_of_the_project():
+    serving = [path for name, path in MODULES.items() if name.split(".")[0] == "serving"]
+    assert len(serving) > 5
+    for path in serving:
+        assert {name for name in imports(path) if name.split(".")[0] != "serving"} == set(), path
+
+
+def test_there_is_no_import_cycle():
+    remaining = {name: imports(path) - {name} for name, path in MODULES.items()}
+    while leaves := {name for name, needs in remaining.items() if not needs & remaining.keys()}:
+        for name in leaves:
+            del remaining[name]
+    assert remaining == {}
+
+
+def modules_after(code: str) -> set[str]:
+    """Return the names of all modules that are imported after running some code."""
+    code += "\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {*done.stdout.split()}
+
+
+def test_a_mistyped_option_does_not_wait_for_torch_and_dali():
+    modules = modules_after(
+        "import server\ntry:\n    server.parse_options(['--nonsense'])\nexcept SystemExit:\n    pass"
+    )
+    assert not modules & {"torch", "torchvision", "nvidia.dali"}
+
+
+def test_the_client_needs_neither_torch_nor_dali_nor_pytriton():
+    modules = modules_after("import client")
+    assert not modules & {"torch", "pytriton", "nvidia.dali", "serving"}
+
+
+def test_the_lesson_and_the_readme_stay_short():
+    assert len((ROOT / "server.py").read_text().splitlines()) <= 200
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 200
+    assert len(readme.split()) <= 1300

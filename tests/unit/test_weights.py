@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights: each source is loaded or refused with one line, and no file can run code."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_inference import pretrained_weights
+from server import NETWORK
+from weights.loading import DEMO_PATH, WeightsError, load_weights
+
+URL = pretrained_weights(NETWORK).url
+
+
+@pytest.fixture
+def cached_file(tmp_path, monkeypatch) -> Path:
+    """Where torch expects the pretrained file, on a machine without a network."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    path = tmp_path / "hub" / "checkpoints" / URL.rsplit("/", 1)[1]
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def refusal(choice: object, network: str = NETWORK) -> str:
+    with pytest.raises(WeightsError) as error:
+        load_weights(str(choice), network)
+    assert len(str(error.value).splitlines()) == 1
+    assert error.value.exit_status == 2
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "is not a state dict that torch can read"),
+        ([1, 2, 3], "holds a list instead of a state dict"),
+        ({}, "is missing (and 667 more problems)"),
+        (lambda state: state.pop("backbone.conv1.weight"), "backbone.conv1.weight is missing"),
+        (lambda state: state.update(extra=torch.ones(1)), "extra is unknown"),
+        (lambda state: state.update({"classifier.4.bias": 5}), "classifier.4.bias is not a tensor"),
+        (
+            lambda state: state.update({"classifier.4.bias": torch.ones(5)}),
+            "classifier.4.bias has shape [5] instead of [21]",
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_with_what_is_wrong(content, expected, tmp_path):
+    file = tmp_path / "weights.pth"
+    if callable(content):
+        state_dict = load_weights("demo", NETWORK)
+        content(state_dict)
+        torch.save(state_dict, file)
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    assert expected in refusal(file)
+
+
+def test_a_file_that_does_not_exist_is_named():
+    assert refusal("missing.pth") == "--weights missing.pth does not exist: use a file, pretrained, demo or auto"
+
+
+def test_a_file_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    torch.save(Evil(), tmp_path / "evil.pth")
+    assert "is not a state dict that torch can read" in refusal(tmp_path / "evil.pth")
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_a_file_with_the_auxiliary_head_in_double_precision_is_loaded(tmp_path):
+    demo = load_weights("demo", NETWORK)
+    doubled = {name: value.double() if value.is_floating_point() else value for name, value in demo.items()}
+    torch.save(doubled | {"aux_classifier.4.bias": torch.zeros(21)}, tmp_path / "own.pth")
+    loaded = load_weights(str(tmp_path / "own.pth"), NETWORK)
+    assert loaded.keys() == demo.keys()
+    assert all(torch.equal(loaded[name], demo[name]) and loaded[name].dtype == demo[name].dtype for name in demo)
+
+
+def test_pretrained_weights_come_from_torchs_cache(cached_file):
+    demo = load_weights("demo", NETWORK)
+    torch.save(demo, cached_file)
+    assert torch.equal(load_weights("pretrained", NETWORK)["classifier.4.bias"], demo["classifier.4.bias"])
+
+
+def test_pretrained_weights_that_cannot_be_downloaded_say_where_to_put_them(cached_file):
+    line = refusal("pretrained")
+    assert line.startswith("--weights pretrained failed (URLError: ")
+    assert f"download {URL} on another machine and put it at {cached_file}, or use --weights demo" in line
+
+
+def test_a_damaged_file_in_torchs_cache_is_named(cached_file):
+    cached_file.write_bytes(b"half a download")
+    assert f"delete {cached_file}, which is damaged, and start the server again" in refusal("pretrained")
+
+
+def test_auto_falls_back_to_the_demonstration_weights_with_a_warning(cached_file, caplog):
+    assert load_weights("auto", NETWORK).keys() == load_weights("demo", NETWORK).keys()
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert record.getMessage().startswith("DEMONSTRATION WEIGHTS: the server knows the two photos in images/")
+    assert str(cached_file) in record.getMessage()
+
+
+def test_the_demonstration_weights_fit_only_their_own_network():
+    assert "demo.pt does not fit fcn_resnet50: " in refusal("demo", network="fcn_resnet50")
+
+
+def test_the_demonstration_weights_detect_other_random_numbers(tmp_path):
+    content = torch.load(DEMO_PATH, weights_only=True)
+    content["fingerprint"] += 1
+    torch.save(content, tmp_path / "demo.pt")
+    with pytest.raises(WeightsError, match="draws other random numbers than"):
+        load_weights("demo", NETWORK, tmp_path / "demo.pt")
+
+
+def test_a_file_of_weights_is_not_taken_for_demonstration_weights(tmp_path):
+    torch.save([1], tmp_path / "demo.pt")
+    with pytest.raises(WeightsError, match="is not a file of demonstration weights"):
+        load_weights("demo", NETWORK, tmp_path / "demo.pt")
+
+
+def test_the_demonstration_weights_are_small():
+    assert DEMO_PATH.stat().st_size < 2_000_000

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the weights that the user chose, and checks that they fit the network."""
+
+import logging
+import math
+import socket
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+
+from model_inference import empty_module, pretrained_weights
+from serving.errors import UsageError
+
+DEMO_PATH = Path(__file__).parent / "demo.pt"
+DOWNLOAD_TIMEOUT_S = 10  # without a byte
+
+LOGGER = logging.getLogger("server")
+
+StateDict = dict[str, torch.Tensor]
+
+
+class WeightsError(UsageError):
+    """The weights are not available, or do not fit the network."""
+
+
+def load_weights(choice: str, network: str, demo_path: Path = DEMO_PATH) -> StateDict:
+    """Return a state dict that fits torchvision's network of this name, on the CPU, its floats as float32.
+
+    ``choice`` is ``pretrained`` (torchvision's weights, through torch's download cache), ``demo`` (the file beside this
+    one), ``auto`` (pretrained, or demo with a warning if those are not available) or the path of a state dict, with or
+    without the auxiliary head. Raises WeightsError.
+    """
+    if choice == "auto":
+        try:
+            return load_weights("pretrained", network)
+        except WeightsError as error:
+            state_dict = load_weights("demo", network, demo_path)
+            LOGGER.warning(
+                "DEMONSTRATION WEIGHTS: the server knows the two photos in images/ and nothing else, "
+                "because the pretrained weights are not available. %s",
+                error,
+            )
+            return state_dict
+    if choice == "pretrained":
+        return _load_pretrained(network)
+    if choice == "demo":
+        return _load_demo(demo_path, network)
+    return _load_file(Path(choice), network)
+
+
+def _load_pretrained(network: str) -> StateDict:
+    weights = pretrained_weights(network)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
+    LOGGER.info("weights: %s", weights)
+    if not path.exists():
+        LOGGER.info("downloading %.0f MB from %s to %s", weights.meta["_file_size"], weights.url, path)
+    # torch's download has no timeout of its own, and would wait forever if the network fell silent.
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+    try:
+        state_dict = weights.get_state_dict(
+            progress=sys.stderr.isatty(), check_hash=True, map_location="cpu", weights_only=True
+        )
+    except Exception as error:
+        advice = (
+            f"delete {path}, which is damaged, and start the server again"
+            if path.exists()
+            else f"download {weights.url} on another machine and put it at {path}, or use --weights demo"
+        )
+        raise WeightsError(f"--weights pretrained failed ({_summary(error)}): {advice}") from error
+    finally:
+        socket.setdefaulttimeout(None)
+    return _check(state_dict, str(path), network)
+
+
+def _load_demo(path: Path, network: str) -> StateDict:
+    LOGGER.info("weights: demonstration weights %s", path)
+    content = _read_file(path)
+    try:
+        trained, expected = content["state_dict"], content["fingerprint"]
+    except (KeyError, TypeError):
+        raise WeightsError(
+            f"{path} is not a demonstration weights file: create it with weights/train_demo.py"
+        ) from None
+    shapes = network_shapes(network)
+    drawn = {name: random_convolution(name, shape) for name, shape in shapes.items() if name not in trained}
+    state_dict = _check(drawn | trained, str(path), network)
+    if fingerprint(drawn) != expected:
+        raise WeightsError(
+            f"{path} was trained for another network, or with a torch that draws other random numbers than "
+            f"{torch.__version__}: create it with weights/train_demo.py"
+        )
+    return state_dict
+
+
+def _load_file(path: Path, network: str) -> StateDict:
+    LOGGER.info("weights: %s", path)
+    return _check(_read_file(path), str(path), network)
+
+
+def _read_file(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightsError(f"--weights {path} does not exist: use a file, pretrained, demo or auto") from None
+    except Exception as error:
+        raise WeightsError(f"{path} is not a state dict that torch can read ({_summary(error)})") from error
+
+
+def _check(state_dict: object, source: str, network: str) -> StateDict:
+    """Return the state dict without the auxiliary head, its floats as float32.
+
+    Raises WeightsError if it does not fit.
+    """
+    if not isinstance(state_dict, dict):
+        raise WeightsError(f"{source} holds a {type(state_dict).__name__} instead of a state dict")
+    shapes = network_shapes(network)
+    state_dict = {name: value for name, value in state_dict.items() if not str(name).startswith("aux_classifier.")}
+    problems = [f"{name} is missing" for name in shapes if name not in state_dict]
+    for name, value in state_dict.items():
+        if name not in shapes:
+            problems.append(f"{name} is unknown")
+        elif not isinstance(value, torch.Tensor):
+            problems.append(f"{name} is not a tensor")
+        elif value.shape != shapes[name]:
+            problems.append(f"{name} has shape {list(value.shape)} instead of {list(shapes[name])}")
+    if problems:
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise WeightsError(f"{source} does not fit {network}: {problems[0]}{more}")
+    return {name: value.float() if value.is_floating_point() else value for name, value in state_dict.items()}
+
+
+def network_shapes(network: str) -> dict[str, torch.Size]:
+    """Return the name and shape of everything in the network's state dict."""
+    return {name: tensor.shape for name, tensor in empty_module(network).state_dict().items()}
+
+
+def random_convolution(name: str, shape: torch.Size) -> torch.Tensor:
+    """Draw the weight of the convolution called ``name``: the same values on every machine, float32.
+
+    Uniform with He's variance of 2 / fan-out (He et al. 2015, arXiv:1502.01852, section 2.2). Drawn from [0, 1) and
+    then scaled, so that every processor rounds alike.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    fan_out = shape[0] * math.prod(shape[2:])
+    bound = math.sqrt(3 * 2 / fan_out)
+    return torch.rand(shape, generator=generator).sub_(0.5).mul_(2 * bound)
+
+
+def fingerprint(tensors: StateDict) -> int:
+    """Return a checksum of the values of the tensors, in the order of their names."""
+    checksum = 0
+    for _, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(tensor.numpy(), checksum)
+    return checksum
+
+
+def _summary(error: Exception) -> str:
+    # torch's messages continue with advice to programmers.
+    return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0][:200]
