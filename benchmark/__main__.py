@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the server, a plain one and PyTriton itself in one run; docs/performance.md explains the report.
+
+    python -m benchmark [--rows plain server] [--output benchmark.json] [--plot benchmark.png]
+
+The servers run side by side and are asked in turn, round after round, so that whatever else slows the machine slows
+all of them alike.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from benchmark.cases import CASES, STAGES, Case
+from benchmark.photos import ROOT
+
+# By the type of the device. A CPU takes seconds for what is in flight when the time of a row is over.
+DEFAULTS = {
+    "cuda": {"concurrency": (1, 16, 32), "rounds": 2, "seconds": 1.5, "batch_sizes": (1, 2, 4, 8, 16)},
+    "cpu": {"concurrency": (1, 8), "rounds": 1, "seconds": 3, "batch_sizes": (1, 2, 4)},
+}
+NAMES = [*(case.name for case in CASES), STAGES]
+WARM_UP_S = 0.5
+
+progress = functools.partial(print, file=sys.stderr, flush=True)
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line. A mistake ends the process with one line and status 2."""
+    from serving.options import device_names, make_parser, number
+
+    parser = make_parser("Measure the server, a plain one and PyTriton itself in one run.")
+    parser.prog = "benchmark"
+    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--device", type=device_names, default="auto", help="cpu, cuda, cuda:N, or auto: a GPU if there is one")
+    add("--rows", nargs="+", metavar="NAME", choices=NAMES, help=f"what to measure, of {', '.join(NAMES)} (all)")
+    add("--concurrency", type=number(int, 1), nargs="+", metavar="N", help="photos in flight (1 16 32, on a CPU 1 8)")
+    add("--rounds", type=number(int, 1), help="how often each row is measured (2, on a CPU 1)")
+    add("--seconds", type=number(float, 0.1), help="how long each time (1.5, on a CPU 3)")
+    add("--server", default="server.py --weights demo", help="command of the server, with its options")
+    add("--output", type=Path, default=Path("benchmark.json"), help="file for the figures")
+    add("--plot", type=Path, help="draw the figures into this file; needs matplotlib")
+    add("--from-json", type=Path, help="show the figures in this file instead of measuring")
+    return parser.parse_args(arguments)
+
+
+def measure_all(options: argparse.Namespace) -> dict:
+    """Measure the servers, and then the stages. Return the report."""
+    from benchmark.report import describe
+    from serving.device import list_devices, resolve_device
+    from serving.errors import UsageError
+
+    try:
+        devices = list_devices(options.device)
+        device = resolve_device(devices[0])
+    except UsageError as error:
+        sys.exit(f"benchmark: {error}")
+    if len(devices) > 1:
+        sys.exit(f"benchmark: --device must be a single device, not {options.device}")
+    options = argparse.Namespace(**{"rows": NAMES} | DEFAULTS[device.split(":")[0]] | vars(options))
+    report = {"machine": describe(device), "rows": [], "stages": []}
+    if cases := [case for case in CASES if case.name in options.rows]:
+        report["rows"] = measure_servers(cases, device, options)
+    if STAGES in options.rows:
+        from benchmark.stages import measure_stages
+
+        report["stages"] = measure_stages(device, options.batch_sizes, progress)
+    return report
+
+
+def measure_servers(cases: Sequence[Case], device: str, options: argparse.Namespace) -> list[dict]:
+    """Ask the servers in turn. Return a row for each case and number of photos in flight."""
+    from benchmark.load import measure, start_processes
+    from benchmark.report import make_row
+
+    most = max(options.concurrency)
+    tasks = [(case, in_flight) for in_flight in options.concurrency for case in cases]
+    measurements: list[list] = [[] for _ in tasks]
+    names = dict.fromkeys(case.server for case in cases)
+    with running_servers(names, device, options.server) as servers, start_processes(most) as pool:
+        for case in cases:
+            progress(f"warming up: {case.name}")
+            answers = measure(pool, servers[case.server], case, most, WARM_UP_S).answers
+            if errors := {answer.error for answer in answers} - {""}:
+                progress(f"{case.name}: {errors.pop()}")
+        for number in range(options.rounds):
+            for (case, in_flight), rounds in zip(tasks, measurements, strict=True):
+                progress(f"round {number + 1} of {options.rounds}: {case.name}, {in_flight} in flight")
+                rounds.append(measure(pool, servers[case.server], case, in_flight, options.seconds))
+    return [make_row(case, in_flight, rounds) for (case, in_flight), rounds in zip(tasks, measurements, strict=True)]
+
+
+@contextlib.contextmanager
+def running_servers(names: Iterable[str], device: str, server_command: str) -> Iterator[dict]:
+    """Start the servers side by side, and yield them as LaunchedServers when all are ready."""
+    from server import MODEL_NAME
+    from serving.launch import LaunchedServer
+    from serving.triton import MALLOC_ENVIRONMENT
+
+    commands = {"plain": ["-m", "benchmark.plain"], "ceiling": ["-m", "benchmark.ceiling"]}
+    commands["server"] = shlex.split(server_command)
+    servers = {}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            command = [*commands[name], "--device", device]
+            servers[name] = stack.enter_context(LaunchedServer(command, cwd=ROOT, stdout=sys.stderr))
+        # To stop takes a server seconds. So all are told before the first one is waited for.
+        stack.callback(lambda: [server.process.terminate() for server in servers.values()])
+        for name, server in servers.items():
+            progress(f"starting: {name}")
+            try:
+                server.wait_until_ready(MODEL_NAME)
+            except (RuntimeError, TimeoutError) as error:
+                sys.exit(f"benchmark: {name}: {error}")
+        os.environ.update(MALLOC_ENVIRONMENT)  # makes the load cheaper; Triton's processes have it, too
+        yield servers
+
+
+def main() -> None:
+    """Measure, or read what was measured; print the tables, and draw the plot."""
+    options = parse_options()
+    from benchmark.report import plot, tables
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves through the blocks that stop the servers
+    try:
+        report = json.loads(options.from_json.read_text()) if "from_json" in options else measure_all(options)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if "from_json" not in options:
+        options.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(tables(report))
+    if "plot" in options:
+        plot(report, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: the rows of the report."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests of one kind to one server."""
+
+    name: str
+    server: str  # plain, ceiling or server
+    protocol: str = "grpc"
+    outputs: tuple[str, ...] = ("original", "segmented")
+    parameters: Mapping[str, object] = field(default_factory=dict)
+
+
+JPEG, PNG = ({"format": name} for name in ("jpeg", "png"))
+
+CASES = (
+    Case("plain", "plain"),
+    Case("ceiling", "ceiling"),
+    Case("ceiling/jpeg", "ceiling", outputs=("encoded",), parameters=JPEG),
+    Case("server", "server"),
+    Case("server/http", "server", "http"),
+    Case("server/segmented", "server", outputs=("segmented",)),
+    Case("server/mask", "server", outputs=("mask",)),
+    Case("server/jpeg", "server", outputs=("encoded",), parameters=JPEG),
+    Case("server/jpeg/http", "server", "http", outputs=("encoded",), parameters=JPEG),
+    Case("server/png", "server", outputs=("encoded",), parameters=PNG),
+)
+STAGES = "stages"  # also a row that can be selected: the stages without Triton

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plain server to compare with: one instance, fp32, one photo at a time.
+
+    python -m benchmark.plain [--device cpu] [--http-port 8000]
+
+These are the three stages as you would first write them. The contract is that of server.py.
+"""
+
+import numpy as np
+import torch
+from pytriton.model_config import ModelConfig
+
+from model_inference import build_module, pretrained_weights
+from pipelines import Postprocess, Preprocess
+from server import INPUTS, MODEL_NAME, NETWORK, OUTPUTS
+from serving.device import resolve_device
+from serving.lifecycle import Lifecycle
+from serving.options import parse_serving_options
+from serving.triton import Triton
+from weights.loading import load_weights
+
+
+def main() -> None:
+    """Serve until a signal arrives. Always cuts out people."""
+    options = parse_serving_options("Segment photos in the plain way.")
+    with Lifecycle(options.drain_s) as lifecycle:
+        triton = Triton(options, lifecycle)
+        device = torch.device(resolve_device(options.device))
+        preprocess, postprocess = Preprocess(device, input_size=224), Postprocess(device)
+        network = build_module(NETWORK, load_weights("demo", NETWORK)).to(device)
+        person = pretrained_weights(NETWORK).meta["categories"].index("person")
+
+        @torch.inference_mode()
+        def segment(requests):
+            photos, images = preprocess([requests[0]["image"][0]])
+            probabilities = network(images)["out"].softmax(dim=1)
+            cut_outs, _masks = postprocess(photos, probabilities[:, person], [0.6])
+            outputs = {"original": photos, "segmented": cut_outs}
+            return [{name: np.asarray(batch.as_cpu()[0])[None] for name, batch in outputs.items()}]
+
+        outputs = [tensor for tensor in OUTPUTS if tensor.name in ("original", "segmented")]
+        config = ModelConfig(max_batch_size=1)
+        triton.bind(model_name=MODEL_NAME, infer_func=segment, inputs=INPUTS, outputs=outputs, config=config)
+        triton.serve()
+
+
+if __name__ == "__main__":
+    main()

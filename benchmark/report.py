@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns measurements into rows, tables and a plot."""
+
+import contextlib
+import functools
+import platform
+import subprocess
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from benchmark.cases import Case
+from benchmark.load import Measurement
+from benchmark.photos import SIZES
+
+PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "nvidia-pytriton", "tritonclient", "numpy")
+COLUMNS = ("name", "protocol", "outputs", "in_flight", "photos_per_s", "mb_per_s", "p50_ms", "p90_ms", "p99_ms")
+COLUMNS += ("errors", "server_cpu_ms", "answer_bytes")
+
+
+def make_row(case: Case, in_flight: int, rounds: Sequence[Measurement]) -> dict:
+    """Return a row of the report. Bytes and CPU milliseconds are those of one photo, MB/s counts both directions."""
+    answers = [answer for measurement in rounds for answer in measurement.answers]
+    good = [answer for answer in answers if not answer.error]
+    count = max(1, len(good))
+    seconds = sum(measurement.seconds for measurement in rounds)
+    cpu = sum((measurement.cpu_seconds for measurement in rounds), Counter())
+    received = sum(answer.received_bytes for answer in good)
+    latencies = sorted(1000 * answer.seconds for answer in good) or [None]
+    percentiles = {f"p{percent}_ms": latencies[len(latencies) * percent // 100] for percent in (50, 90, 99)}
+    return {
+        **vars(case),
+        "in_flight": in_flight,
+        "photos": len(good),
+        "errors": len(answers) - len(good),
+        "photos_per_s": len(good) / seconds,
+        "mb_per_s": (received + sum(answer.sent_bytes for answer in good)) / seconds / 1e6,
+        **percentiles,
+        "answer_bytes": received / count,
+        "server_cpu_ms": 1000 * cpu.total() / count,
+        "server_cpu_ms_by_process": {kind: 1000 * used / count for kind, used in cpu.items()},
+    }
+
+
+def describe(device: str) -> dict[str, object]:
+    """Return what the figures depend on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    machine: dict[str, object] = {"device": next(iter(models), platform.machine()), "cores": psutil.cpu_count()}
+    if device != "cpu":
+        import torch
+
+        machine["device"] = torch.cuda.get_device_name(device)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            machine["driver"] = subprocess.check_output(query, text=True).splitlines()[0]
+    machine["python"] = platform.python_version()
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            machine[package] = version(package)
+    return machine | {"photos": ", ".join(f"{width} x {height}" for width, height in SIZES)}
+
+
+def tables(report: Mapping) -> str:
+    """Return the report as Markdown."""
+    parts = [" · ".join(f"{name} {value}" for name, value in report["machine"].items())]
+    if rows := report["rows"]:
+        by_process = [_pick(row, ("name", "in_flight")) | row["server_cpu_ms_by_process"] for row in rows]
+        parts.append(_table([_pick(row, COLUMNS) for row in rows]))
+        parts += ["CPU milliseconds per photo, by the server's processes:", _table(by_process)]
+    if report["stages"]:
+        parts += ["The stages without Triton, milliseconds per batch:", _table(report["stages"])]
+    return "\n\n".join(parts)
+
+
+def _pick(row: Mapping, keys: Sequence[str]) -> dict:
+    return {key: row[key] for key in keys}
+
+
+def _table(rows: Sequence[Mapping]) -> str:
+    # The longest row has all columns. Others lack some, such as the worker of a server without one.
+    titles = list(max(rows, key=len))
+    names = {"_per_": "/", "_": " ", "mb": "MB", "cpu": "CPU"}
+    lines = [[functools.reduce(lambda text, pair: text.replace(*pair), names.items(), title) for title in titles]]
+    lines.append(["---:" if isinstance(max(rows, key=len)[title], int | float) else "---" for title in titles])
+    lines += [[_cell(row.get(title)) for title in titles] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """Return a number with three digits or more, and names separated by commas."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return ", ".join(value) if isinstance(value, list | tuple) else "" if value is None else str(value)
+
+
+def plot(report: Mapping, path: Path) -> None:
+    """Draw throughput and latency over the photos in flight. Needs matplotlib."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 5), layout="constrained")
+    figure.suptitle(report["machine"]["device"])
+    for axis, key, label in zip(axes, ("photos_per_s", "p50_ms"), ("photos/s", "median latency in ms"), strict=True):
+        rows = [row for row in report["rows"] if row["photos"]]
+        for name in dict.fromkeys(row["name"] for row in rows):
+            points = [(row["in_flight"], row[key]) for row in rows if row["name"] == name]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(xlabel="photos in flight", ylabel=label)
+        if max(row[key] for row in rows) > 100 * min(row[key] for row in rows):
+            axis.set_yscale("log")  # on a CPU, the ceiling is out of sight
+        else:
+            axis.set_ylim(0)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=120)

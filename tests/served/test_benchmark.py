@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark, as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+from conftest import ROOT
+
+from benchmark.report import plot, tables
+
+
+def run_benchmark(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmark", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_the_benchmark_measures_servers_over_both_protocols_and_draws_the_figures(tmp_path):
+    output = tmp_path / "benchmark.json"
+    rows = ["ceiling", "server/jpeg/http"]
+    server = "server.py --weights demo --instances 1 --max-batch-size 1 --input-size 64"
+    quickly = ["--device", "cpu", "--server", server, "--concurrency", 1, "--rounds", 1, "--seconds", 0.5]
+    done = run_benchmark("--rows", *rows, *quickly, "--output", output)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(output.read_text())
+    assert [row["name"] for row in report["rows"]] == rows
+    for row in report["rows"]:
+        assert row["photos"] > 0
+        assert row["errors"] == 0
+        assert row["answer_bytes"] > 10_000
+        assert row["server_cpu_ms_by_process"].keys() <= {"main", "worker", "tritonserver", "stubs", "helpers"}
+    assert "| server/jpeg/http | http | encoded | 1 |" in done.stdout
+
+    plot(report, tmp_path / "benchmark.png")
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert tables(report) == done.stdout.strip()
+
+
+def test_a_server_that_does_not_start_ends_the_benchmark_with_a_sentence():
+    done = run_benchmark("--rows", "server", "--concurrency", 1, "--device", "cpu", "--server", "server.py --nonsense")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "benchmark: server: the server ended with status 2; its log says why"
+
+
+def test_an_unknown_row_is_answered_with_the_names_of_the_rows():
+    done = run_benchmark("--rows", "nonsense")
+    assert done.returncode == 2
+    assert "invalid choice: 'nonsense'" in done.stderr
