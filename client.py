@@ -7,6 +7,8 @@ Exit status: 0 if all photos were answered, 1 if some were not, 2 if nothing cou
 """
 
 import argparse
+import glob
+import io
 import logging
 import os
 import re
@@ -22,12 +24,15 @@ from urllib.parse import urlsplit
 import numpy as np
 import tritonclient.grpc
 import tritonclient.http
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 MODEL_NAME = "ResNet101"
 SAMPLE_PHOTO = Path(__file__).parent / "images" / "orig.jpg"
 DEFAULT_PORTS = {"http": 8000, "grpc": 8001}
+FORMATS = {"raw": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}  # and the endings of their files
+PHOTO_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+PROGRESS = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} photos [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 REQUEST_TIMEOUT_S = 300.0  # enough for a long queue at a server without a GPU
 
 LOGGER = logging.getLogger("client")
@@ -142,33 +147,103 @@ def explain(error: Exception) -> str:
     return found[2] if found else text.splitlines()[-1].strip()
 
 
-def segment_file(connection: Connection, path: Path, index: int, options: argparse.Namespace) -> str:
-    """Send one photo, write the images if wanted, and return one line of report. Raises InferenceError."""
+def target_files(index: int, options: argparse.Namespace) -> dict[str, Path]:
+    """Return the files to write for a photo, by ``orig``, ``segm`` and ``mask``."""
+    endings = {}
+    if options.dump_images:
+        endings["orig"] = "jpg"
+    if options.dump_images or options.format != "raw":
+        endings["segm"] = FORMATS[options.format]
+    if options.mask:
+        endings["mask"] = "png"
+    return {name: options.output_dir / f"{name}{index}.{ending}" for name, ending in endings.items()}
+
+
+def segment_file(connection: Connection, path: Path, targets: Mapping[str, Path], options: argparse.Namespace) -> str:
+    """Send one photo, write its files, and return one line of report. Raises InferenceError and OSError."""
     began = time.monotonic()
     encoded = path.read_bytes()
     if not encoded:
         raise InferenceError("the file is empty")
-    answer = connection.infer(encoded, ("original", "segmented"), options.parameters)
+    if options.format == "raw":
+        outputs, parameters = ["original", "segmented", "mask"], options.parameters
+    else:
+        outputs, parameters = ["encoded"] + ["mask"] * options.mask, options.parameters | {"format": options.format}
+    answer = connection.infer(encoded, outputs, parameters)
+    answer = {name: array[0] for name, array in answer.items()}
     took = time.monotonic() - began
-    original, segmented = answer["original"][0], answer["segmented"][0]
-    height, width, _ = original.shape
-    # Where the photo itself is black, nobody can tell whether it was kept.
-    kept = segmented.any(axis=2).sum() / max(1, original.any(axis=2).sum())
-    line = f"{path}: {width} x {height} pixels, {kept:.0%} kept, {took * 1000:.0f} ms"
-    if options.dump_images:
-        for name, image in (("orig", original), ("segm", segmented)):
-            target = options.output_dir / f"{name}{index}.jpg"
-            write_jpeg(image, target)
-            line += f", {target}"
-    return line
+    contents = {
+        "orig": lambda: jpeg_file(Image.fromarray(answer["original"]) if "original" in answer else upright(encoded)),
+        "segm": lambda: answer["encoded"] if "encoded" in answer else jpeg_file(Image.fromarray(answer["segmented"])),
+        "mask": lambda: png_file(Image.fromarray(answer["mask"])),
+    }
+    for name, target in targets.items():
+        write_file(contents[name](), target)
+    return ", ".join([f"{path}: {describe(answer)}", f"{took * 1000:.0f} ms", *map(str, targets.values())])
 
 
-def write_jpeg(image: np.ndarray, target: Path) -> None:
-    """Write an image, uint8 ``[H, W, 3]``. After an interruption, the file is either complete or not there."""
-    unfinished = target.with_suffix(".part")
-    # Without chroma subsampling, which would blur the edge between the cut-out and black.
-    Image.fromarray(image).save(unfinished, "JPEG", quality=95, subsampling=0)
+def describe(answer: Mapping[str, np.ndarray]) -> str:
+    """Return the size of the photo in an answer, how much of it was kept, and the size of the file."""
+    if "encoded" in answer:
+        width, height = Image.open(io.BytesIO(answer["encoded"])).size
+    else:
+        height, width, _ = answer["original"].shape
+    facts = [f"{width} x {height} pixels"]
+    if "mask" in answer:
+        facts.append(f"{(answer['mask'] > 0).mean():.0%} kept")
+    if "encoded" in answer:
+        facts.append(f"{len(answer['encoded']) / 1000:.0f} KB")
+    return ", ".join(facts)
+
+
+def upright(encoded: bytes) -> Image.Image:
+    """Return the photo in a file, with its EXIF orientation applied."""
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+
+
+def jpeg_file(image: Image.Image) -> bytes:
+    """Return the image as a JPEG file. Chroma subsampling would blur the edge between the cut-out and black."""
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=95, subsampling=0)
+    return stream.getvalue()
+
+
+def png_file(mask: Image.Image) -> bytes:
+    """Return a mask of 0 and 255 as a PNG file with one bit per pixel."""
+    stream = io.BytesIO()
+    mask.convert("1", dither=Image.Dither.NONE).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_file(content: bytes | np.ndarray, target: Path) -> None:
+    """Write a file. After an interruption, it is either complete or not there."""
+    unfinished = target.with_name(f"{target.name}.part")
+    unfinished.write_bytes(content)
     unfinished.replace(target)
+
+
+def find_photos(patterns: Sequence[str]) -> list[Path]:
+    """Return the files that the arguments of ``--image-paths`` mean, in a stable order. Raises ClientError."""
+    photos = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in PHOTO_ENDINGS)
+            if not found:
+                raise ClientError(f"--image-paths: {path} contains no photos ({', '.join(sorted(PHOTO_ENDINGS))})")
+        elif path.exists() or not glob.has_magic(pattern):
+            found = [path]
+        else:
+            found = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute pattern
+            if not found:
+                raise ClientError(f"--image-paths: {pattern} matches no file")
+        photos += found
+    for photo in photos:
+        try:
+            photo.open("rb").close()
+        except OSError as error:
+            raise ClientError(f"--image-paths: cannot read {photo} ({error.strerror})") from error
+    return photos
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -180,16 +255,34 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--image-paths", type=Path, nargs="+", metavar="FILE", default=[SAMPLE_PHOTO], help="photos to send")
+    add(
+        "--image-paths",
+        nargs="+",
+        metavar="PATH",
+        default=[str(SAMPLE_PHOTO)],
+        help="photos to send: files, folders and patterns such as 'photos/*.jpg'",
+    )
     add(
         "--dump-images",
         action="store_true",
-        help="write orig0.jpg, segm0.jpg, orig1.jpg, ... in the order of the paths",
+        help="write orig0.jpg, segm0.jpg, orig1.jpg, ... in the order of the photos",
     )
+    add(
+        "--format",
+        choices=FORMATS,
+        default="raw",
+        help="how the server sends the cut-out; unless it is raw, segm0.png and so on are the files that it sent",
+    )
+    add("--mask", action="store_true", help="write mask0.png, ...: white where the class is")
+    add("--skip-existing", action="store_true", help="skip photos whose files exist, to resume an interrupted run")
     add("--output-dir", type=Path, default=Path(), help="where to write them; created if missing")
     add("--url", default="http://127.0.0.1:8000", help="http://host:port, grpc://host:port or host")
     add("--init-timeout-s", type=float, default=30, help="seconds to wait for the model to be ready")
-    add("--class-name", default=argparse.SUPPRESS, help="class to cut out, a Pascal VOC name (default: the server's)")
+    add(
+        "--class-name",
+        default=argparse.SUPPRESS,
+        help="what to cut out, such as person or cat,dog (default: the server's)",
+    )
     add(
         "--threshold",
         type=float,
@@ -201,45 +294,47 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.concurrency < 1:
         parser.error(f"argument --concurrency: must be at least 1, not {options.concurrency}")
+    if options.skip_existing and not target_files(0, options):
+        parser.error("argument --skip-existing: needs --dump-images, --format or --mask, which write files")
     options.parameters = {
         name: getattr(options, name) for name in ("class_name", "threshold") if hasattr(options, name)
     }
     return options
 
 
-def send_all(options: argparse.Namespace) -> int:
-    """Send all photos and return how many failed. Raises ClientError."""
-    for path in options.image_paths:
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise ClientError(f"--image-paths: cannot read {path} ({error.strerror})") from error
-    if options.dump_images:
+def send_all(options: argparse.Namespace) -> tuple[int, int]:
+    """Send all photos, and return how many were sent and how many failed. Raises ClientError."""
+    jobs = [(path, target_files(index, options)) for index, path in enumerate(find_photos(options.image_paths))]
+    if target_files(0, options):
         try:
             options.output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ClientError(f"--output-dir: cannot create {options.output_dir} ({error.strerror})") from error
+    if options.skip_existing:
+        missing = [job for job in jobs if not all(target.exists() for target in job[1].values())]
+        print(f"skipping {len(jobs) - len(missing)} of {len(jobs)} photos, whose files exist")
+        jobs = missing
     connection = Connection(options.url, verbose=options.verbose)
     connection.wait_for_model(options.init_timeout_s)
 
-    failed = 0
+    failures = []
     with ThreadPoolExecutor(options.concurrency) as pool:
-        paths = {
-            pool.submit(segment_file, connection, path, index, options): path
-            for index, path in enumerate(options.image_paths)
-        }
+        paths = {pool.submit(segment_file, connection, *job, options): job[0] for job in jobs}
         try:
-            for future in tqdm(as_completed(paths), total=len(paths), unit="photo", disable=len(paths) == 1):
+            progress = tqdm(
+                as_completed(paths), total=len(paths), unit=" photos", bar_format=PROGRESS, disable=len(paths) < 2
+            )
+            for future in progress:
                 try:
                     tqdm.write(future.result())
                 except (InferenceError, OSError) as error:
-                    failed += 1
-                    tqdm.write(f"{paths[future]}: {error}", file=sys.stderr)
+                    failures.append(f"{paths[future]}: {error}")
         except KeyboardInterrupt:
-            print("client.py: interrupted", file=sys.stderr)
+            print(*failures, "client.py: interrupted", sep="\n", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(130)  # Python's own exit would wait for the requests in flight
-    return failed
+    print(*failures, sep="\n", end="\n" if failures else "", file=sys.stderr)
+    return len(jobs), len(failures)
 
 
 def main() -> None:
@@ -247,14 +342,14 @@ def main() -> None:
     options = parse_options()
     logging.basicConfig(level=logging.DEBUG if options.verbose else logging.INFO, format="%(message)s")
     try:
-        failed = send_all(options)
+        sent, failed = send_all(options)
     except ClientError as error:
         print(f"client.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     if failed:
-        print(f"client.py: {failed} of {len(options.image_paths)} photos failed", file=sys.stderr)
+        print(f"client.py: {failed} of {sent} photos failed", file=sys.stderr)
         sys.exit(1)
 
 

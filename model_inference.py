@@ -9,6 +9,9 @@ Needs neither Triton nor DALI::
 """
 
 import logging
+from collections.abc import Sequence
+from functools import reduce
+from reprlib import repr as shorten
 
 import torch
 from torch.fx.experimental.optimization import fuse
@@ -42,7 +45,7 @@ def build_module(name: str, state_dict: dict[str, torch.Tensor]) -> torch.nn.Mod
 
 
 class SegmentationNetwork:
-    """A network on one device. Several threads may call it at once."""
+    """A network on one device."""
 
     def __init__(self, name: str, state_dict: dict[str, torch.Tensor], device: torch.device, precision: str = "fp32"):
         """``state_dict`` fits the network called ``name``; ``precision`` is a key of ``PRECISIONS``."""
@@ -52,62 +55,81 @@ class SegmentationNetwork:
         # Fuses each batch normalization into the convolution before it, in fp32 and so without loss.
         module = fuse(build_module(name, state_dict))
         self._module = module.to(device, PRECISIONS[precision], memory_format=torch.channels_last)
+        self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.cuda.CUDAGraph]] = {}
 
-    @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the probability of each class in each pixel.
+        """Return the probability of each class in each pixel. With CUDA graphs, it is valid until the next call.
 
         ``images`` is float32 ``[N, 3, S, S]`` on any device: RGB, normalized with ImageNet's mean and standard
         deviation. Returns float32 ``[N, classes, S, S]`` on the network's device, which adds up to 1 in each pixel.
         """
+        count = len(images)
+        size = next((size for size in sorted(self._graphs) if size >= count), None)
+        if size is None:
+            return self._infer(images)
+        inputs, probabilities, graph = self._graphs[size]
+        inputs[:count].copy_(images)
+        graph.replay()
+        return probabilities[:count]
+
+    @torch.inference_mode()
+    def _infer(self, images: torch.Tensor) -> torch.Tensor:
         images = images.to(self.device, PRECISIONS[self.precision], memory_format=torch.channels_last)
         return self._module(images)["out"].float().softmax(dim=1)
+
+    def capture_graphs(self, input_size: int, max_batch_size: int) -> None:
+        """Capture CUDA graphs, on torch's current stream, which must not be the default one.
+
+        A graph is one launch instead of hundreds. It replays what was done with a batch of one size, for inputs of
+        ``input_size`` squared. Calls use the next larger size, and run without a graph if there is none.
+        """
+        sizes = {1 << exponent for exponent in range(max_batch_size.bit_length())} | {max_batch_size}
+        pool = None
+        for size in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
+            images = torch.zeros(size, 3, input_size, input_size, device=self.device)
+            for _ in range(2):  # cuDNN chooses its algorithms now, because it cannot do so during a capture
+                self._infer(images)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(self.device)):
+                probabilities = self._infer(images)
+            pool = graph.pool()
+            self._graphs[size] = images, probabilities, graph
+
+    def class_indices(self, names: str) -> list[int]:
+        """Return the indices of classes that are separated by commas. Raises ValueError with the valid names."""
+        wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else [names]
+        if not set(wanted) <= set(self.class_names):
+            valid = ", ".join(self.class_names)
+            raise ValueError(f"must be one of {valid}, or several separated by commas, not {shorten(names)}")
+        return [self.class_names.index(name) for name in dict.fromkeys(wanted)]
 
     def overflows(self, input_size: int) -> bool:
         """Return whether the weights are too large for the precision, tried with an image of noise."""
         image = torch.randn(1, 3, input_size, input_size, generator=torch.Generator().manual_seed(0))
         return not bool(self(image).isfinite().all())
 
-    def for_one_thread(self, input_size: int, max_batch_size: int) -> "SegmentationNetwork | GraphedNetwork":
-        """Return what is fastest for one thread: on a GPU CUDA graphs, captured on torch's current stream."""
-        return self if self.device.type == "cpu" else GraphedNetwork(self, input_size, max_batch_size)
 
+def add_classes(probabilities: torch.Tensor, classes: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return the probability that a pixel belongs to any of the classes wanted of each image, float32 ``[N, S, S]``.
 
-class GraphedNetwork:
-    """A network on a GPU, replayed from CUDA graphs: one launch instead of hundreds. Belongs to one thread."""
-
-    def __init__(self, network: SegmentationNetwork, input_size: int, max_batch_size: int):
-        """Capture a graph for each power of two up to ``max_batch_size``, for inputs of ``input_size`` squared.
-
-        Torch's current stream must not be the default one.
-        """
-        self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.cuda.CUDAGraph]] = {}
-        size = 1 << (max_batch_size - 1).bit_length()
-        # The largest first: the others fit into its memory.
-        while size >= 1:
-            images = torch.zeros(size, 3, input_size, input_size, device=network.device)
-            for _ in range(2):  # cuDNN chooses its algorithms now, because it cannot do so during a capture
-                network(images)
-            graph = torch.cuda.CUDAGraph()
-            pool = next(iter(self._graphs.values()))[2].pool() if self._graphs else None
-            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(network.device)):
-                probabilities = network(images)
-            self._graphs[size] = images, probabilities, graph
-            size //= 2
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Do the same for up to ``max_batch_size`` images. The result is valid until the next call."""
-        count = len(images)
-        inputs, probabilities, graph = self._graphs[1 << (count - 1).bit_length()]
-        inputs[:count].copy_(images)
-        graph.replay()
-        return probabilities[:count]
+    ``probabilities`` is float32 ``[N, C, S, S]``, and ``classes`` has one index or more for each image.
+    """
+    pairs = zip(probabilities, classes, strict=True)
+    return torch.stack([reduce(torch.add, [image[index] for index in wanted]) for image, wanted in pairs])
 
 
 def load_network(
-    name: str, state_dict: dict[str, torch.Tensor], device: torch.device, precision: str, input_size: int
+    name: str,
+    state_dict: dict[str, torch.Tensor],
+    device: torch.device,
+    precision: str,
+    input_size: int,
+    max_batch_size: int = 1,
 ) -> SegmentationNetwork:
-    """Return the network in the precision, or in a suitable one for ``auto``. Raises UsageError if it overflows."""
+    """Return the network, on a GPU with CUDA graphs, in the precision, or in a suitable one for ``auto``.
+
+    Raises UsageError if the weights are too large for the precision.
+    """
     chosen = pick_precision(device) if precision == "auto" else precision
     network = SegmentationNetwork(name, state_dict, device, chosen)
     if chosen == "fp16" and network.overflows(input_size):
@@ -116,6 +138,8 @@ def load_network(
         LOGGER.warning("FP16 OVERFLOW: the weights are too large for fp16. Using fp32, which is slower; try bf16.")
         network = SegmentationNetwork(name, state_dict, device, "fp32")
     LOGGER.info("precision: %s", network.precision)
+    if device.type == "cuda":
+        network.capture_graphs(input_size, max_batch_size)
     return network
 
 

@@ -59,7 +59,7 @@ class Preprocess:
 
 
 class Postprocess:
-    """Resize the probability of a class to the size of the photo, and cut the class out."""
+    """Resize the probability to the size of the photo, and cut out what exceeds the threshold."""
 
     def __init__(self, device: torch.device, max_batch_size: int = 1):
         self._device = device
@@ -68,22 +68,25 @@ class Postprocess:
         )
         self._pipeline.build()
 
-    def __call__(self, photos: TensorList, probability: torch.Tensor, thresholds: Sequence[float]) -> TensorList:
-        """Return the photos where the probability, interpolated linearly, exceeds the threshold, and 0 elsewhere.
+    def __call__(
+        self, photos: TensorList, probability: torch.Tensor, thresholds: Sequence[float]
+    ) -> tuple[TensorList, TensorList]:
+        """Return the cut-outs and their masks.
 
         ``photos`` are what :class:`Preprocess` returned. ``probability`` is float32 ``[N, S, S]`` on the device, and
-        ``thresholds`` has a number from 0 to 1 for each photo. Returns uint8 ``[H, W, 3]`` each.
+        ``thresholds`` has a number from 0 to 1 for each photo. A mask, uint8 ``[H, W]``, is 255 where the probability,
+        interpolated linearly, exceeds the threshold, and 0 elsewhere. A cut-out, uint8 ``[H, W, 3]``, is the photo
+        where its mask is 255, and 0 elsewhere.
         """
         if probability.device.type == "cpu":
             # Fed a torch tensor, DALI asks torch for a CUDA stream, which does not exist without a GPU.
             probability = probability.numpy()
-        (segmented,) = self._pipeline.run(
+        return self._pipeline.run(
             _current_stream(self._device),
             photo=photos,
             probability=probability[..., None],
             threshold=np.asarray(thresholds, np.float32),
         )
-        return segmented
 
 
 @pipeline_def
@@ -117,7 +120,8 @@ def _postprocess_pipeline(device: str):
     size = photo.shape(dtype=types.FLOAT, device="cpu")[:2]
     # Without antialiasing, as torch's interpolate does it: it matters if the photo is smaller than the network's input.
     probability = fn.resize(probability, size=size, interp_type=types.INTERP_LINEAR, antialias=False)
-    return photo * (probability > threshold)
+    mask = (probability > threshold) * types.Constant(255, dtype=types.UINT8)
+    return photo & mask, fn.squeeze(mask, axes=2)
 
 
 def _pipeline_options(device: torch.device, max_batch_size: int) -> dict:

@@ -8,10 +8,10 @@ What any server needs in production, such as worker processes, batching, shared 
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from reprlib import repr as shorten
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
@@ -24,6 +24,9 @@ from serving.photo import blank_photo, check_photo
 from serving.stages import Stages
 from serving.triton import Triton
 from serving.worker import Workers
+
+if TYPE_CHECKING:
+    from encoders import ImageFile
 
 # torch, torchvision and DALI take seconds to import. They are imported where they are used, in the worker process, so
 # that a mistake on the command line is answered at once.
@@ -38,12 +41,15 @@ INPUTS = [
 OUTPUTS = [
     Tensor(name="original", dtype=np.uint8, shape=(-1, -1, 3)),  # the decoded photo, RGB, upright
     Tensor(name="segmented", dtype=np.uint8, shape=(-1, -1, 3)),  # the photo where the class is, 0 elsewhere
+    Tensor(name="mask", dtype=np.uint8, shape=(-1, -1)),  # 255 where the class is, 0 elsewhere
+    Tensor(name="encoded", dtype=np.uint8, shape=(-1,)),  # segmented as an image file
 ]
+DEFAULT_OUTPUTS = ("original", "segmented")
 
 
 def answer_bytes(pixels: int) -> int:
-    """Return the largest number of bytes in the answer to a photo with so many pixels: both outputs, RGB."""
-    return 2 * 3 * pixels
+    """Return how many bytes an answer may have if photos have so many pixels: the default outputs, or any file."""
+    return 2 * 3 * pixels + (1 << 16)
 
 
 @dataclass(frozen=True)
@@ -51,77 +57,87 @@ class Job:
     """What a request asks for."""
 
     encoded: np.ndarray  # uint8 [N]
-    class_index: int
+    classes: Sequence[int]
     threshold: float
     outputs: Sequence[str]
+    file: "ImageFile"  # what the output "encoded" is
 
 
 class Segmentation(Stages):
-    """The three stages, for one thread: DALI preprocesses, the network infers, DALI postprocesses."""
+    """The stages: DALI preprocesses, the network infers, DALI postprocesses, and image files are encoded."""
 
-    def __init__(self, network, options: argparse.Namespace):
-        """``network`` is a SegmentationNetwork, which all threads of a worker share."""
+    def __init__(self, options: argparse.Namespace, device: str):
+        """Load the network onto a device, and warm up. Raises UsageError."""
+        import torch
+
+        from encoders import Encode
+        from model_inference import load_network
         from pipelines import Postprocess, Preprocess
+        from weights.loading import load_weights
 
-        self.options = options
-        self.class_names = network.class_names
-        self.preprocess = Preprocess(network.device, options.input_size, options.max_batch_size)
-        self.network = network.for_one_thread(options.input_size, options.max_batch_size)
-        self.postprocess = Postprocess(network.device, options.max_batch_size)
+        self.options, device, batch_size = options, torch.device(device), options.max_batch_size
+        state_dict = load_weights(options.weights, NETWORK)
+        self.preprocess = Preprocess(device, options.input_size, batch_size)
+        self.network = load_network(NETWORK, state_dict, device, options.precision, options.input_size, batch_size)
+        self.postprocess = Postprocess(device, batch_size)
+        self.encode = Encode(device)
+        try:
+            classes = self.network.class_indices(options.class_name)
+        except ValueError as error:
+            raise UsageError(f"--class-name {error}") from None
         # The first run of each stage chooses kernels and allocates memory.
-        for size in {1, options.max_batch_size}:
-            self([Job(blank_photo(), 0, 0.5, ("original", "segmented"))] * size)
+        job = Job(blank_photo(), classes, 0.5, [tensor.name for tensor in OUTPUTS], self.encode.read_parameters({}))
+        for size in {1, batch_size}:
+            self([job] * size)
 
     def read(self, request: Request) -> Job:
         """Check a request before it joins a batch. Raises InvalidRequest, whose message goes to the client."""
-        check_photo(request["image"], self.options.max_pixels)
-        class_name = request.parameters.get("class_name", self.options.class_name)
-        threshold = request.parameters.get("threshold", self.options.threshold)
-        if class_name not in self.class_names:
-            raise InvalidRequest(f"class_name must be one of {', '.join(self.class_names)}, not {shorten(class_name)}")
+        photo, parameters, outputs = request["image"], request.parameters, request.requested_output_names
+        size = check_photo(photo, self.options.max_pixels)
+        try:
+            classes = self.network.class_indices(parameters.get("class_name", self.options.class_name))
+        except ValueError as error:
+            raise InvalidRequest(f"class_name {error}") from None
+        threshold = parameters.get("threshold", self.options.threshold)
         if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
             raise InvalidRequest(f"threshold must be a number between 0 and 1, not {shorten(threshold)}")
-        return Job(request["image"], self.class_names.index(class_name), threshold, request.requested_output_names)
+        file = self.encode.read_parameters(parameters)
+        # Triton does not tell a request that names no output from one that names them all.
+        if len(outputs) == len(OUTPUTS) and "format" not in parameters:
+            outputs = DEFAULT_OUTPUTS
+        if "encoded" in outputs:
+            file.check_size(size)
+        return Job(photo, classes, threshold, outputs, file)
 
     def __call__(self, jobs: Sequence[Job]) -> list[dict]:
-        """Return the outputs of each job, uint8 ``[H, W, 3]`` each, on the device. Nothing here waits for a GPU.
+        """Return the outputs of each job, on the device, as arrays without a batch dimension.
 
         Raises InvalidRequest if one of the photos cannot be decoded.
         """
-        import torch
         from torch.cuda import nvtx
+
+        from model_inference import add_classes
 
         with nvtx.range("preprocess"):
             photos, images = self.preprocess([job.encoded for job in jobs])
         outputs = {"original": photos}
         self.finite = True
-        if any("segmented" in job.outputs for job in jobs):
+        if any(set(job.outputs) - {"original"} for job in jobs):
             with nvtx.range("network"):
-                probabilities = self.network(images)
-                wanted = torch.stack([probabilities[index, job.class_index] for index, job in enumerate(jobs)])
-                self.finite = wanted.isfinite().all()
+                probability = add_classes(self.network(images), [job.classes for job in jobs])
+                self.finite = probability.isfinite().all()
             with nvtx.range("postprocess"):
-                outputs["segmented"] = self.postprocess(photos, wanted, [job.threshold for job in jobs])
+                cut_outs, masks = self.postprocess(photos, probability, [job.threshold for job in jobs])
+            with nvtx.range("encode"):
+                files = [job.file if "encoded" in job.outputs else None for job in jobs]
+                encoded = self.encode(cut_outs, masks, files)
+            outputs |= {"segmented": cut_outs, "mask": masks, "encoded": encoded}
         return [{name: outputs[name][index] for name in job.outputs} for index, job in enumerate(jobs)]
 
     def verify(self) -> None:
         """Raise InferenceFailed if the network overflowed in the last call: the cut-out would be black."""
         if not self.finite:
             raise InferenceFailed("the network's result is not finite: start the server with --precision fp32")
-
-
-def load(options: argparse.Namespace, device: str) -> Callable[[], Segmentation]:
-    """Load the network onto a device, in its worker process. Returns what makes the stages of each thread."""
-    import torch
-
-    from model_inference import load_network
-    from weights.loading import load_weights
-
-    state_dict = load_weights(options.weights, NETWORK)
-    network = load_network(NETWORK, state_dict, torch.device(device), options.precision, options.input_size)
-    if options.class_name not in network.class_names:
-        raise UsageError(f"--class-name must be one of {', '.join(network.class_names)}, not {options.class_name}")
-    return partial(Segmentation, network, options)
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -134,14 +150,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="pretrained (torchvision's, downloaded once), demo (knows only the two sample photos), the path of a "
         "state dict, or auto: pretrained, and demo if those are not available",
     )
-    add("--class-name", default="person", help="class to cut out if a request names none")
+    add("--class-name", default="person", help="what to cut out if a request names no class; several: cat,dog")
     add("--threshold", type=number(float, 0, 1), default=0.6, help="probability to exceed if a request names none")
-    add(
-        "--input-size",
-        type=number(int, 32, 2048),
-        default=224,
-        help="width and height of the network's input in pixels",
-    )
+    size = number(int, 32, 2048)
+    add("--input-size", type=size, default=224, help="width and height of the network's input in pixels")
     add(
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
@@ -158,7 +170,7 @@ def main() -> None:
     configure_logging(options.verbose)
     with Lifecycle(options.drain_s) as lifecycle:
         triton = Triton(options, lifecycle)
-        with Workers(load, options, answer_bytes, lifecycle) as workers:
+        with Workers(Segmentation, options, answer_bytes, lifecycle) as workers:
             triton.bind(
                 model_name=MODEL_NAME,
                 # PyTriton calls each instance in a thread of its own. An instance hands the request to a worker

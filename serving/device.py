@@ -5,12 +5,15 @@ torch takes seconds to import. It is imported only where a GPU may be involved.
 """
 
 import contextlib
+import ctypes
 import logging
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from serving.channel import FORK
 from serving.errors import UsageError
+
+CU_CTX_SCHED_BLOCKING_SYNC = 4  # from CUDA's cuda.h
 
 LOGGER = logging.getLogger("server")
 
@@ -40,8 +43,17 @@ def resolve_device(choice: str) -> str:
         raise UsageError(
             f"--device {choice}: torch finds {gpus} CUDA devices; nvidia-smi shows GPUs and the driver's version"
         )
+    _wait_without_spinning(index)
     LOGGER.info("device: %s", torch.cuda.get_device_name(index))
     return f"cuda:{index}"
+
+
+def _wait_without_spinning(index: int) -> None:
+    # By default, a thread that waits for the GPU occupies a CPU core. This setting holds for all libraries in the
+    # process. torch has no function for it.
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuInit(0)
+    driver.cuDevicePrimaryCtxSetFlags_v2(index, CU_CTX_SCHED_BLOCKING_SYNC)
 
 
 def _count_gpus() -> int:
@@ -79,8 +91,6 @@ class CudaStream:
         import torch
 
         self._stream = torch.cuda.Stream(device)
-        # Waiting for a stream would spin on a CPU core until the GPU is done; waiting for such an event sleeps.
-        self._done = torch.cuda.Event(blocking=True)
         self._context = torch.cuda.stream(self._stream)
 
     def __enter__(self) -> None:
@@ -95,8 +105,7 @@ class CudaStream:
 
     def wait(self) -> None:
         """Return when the GPU has done everything in this stream."""
-        self._done.record(self._stream)
-        self._done.synchronize()
+        self._stream.synchronize()
 
 
 def open_stream(device: str) -> CpuStream | CudaStream:

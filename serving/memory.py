@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from serving.channel import ALIGNMENT, lay_out, layout_of
-from serving.errors import UsageError
+from serving.channel import ALIGNMENT, Layout, lay_out, layout_of
+from serving.errors import InvalidRequest, UsageError
+from serving.stages import Deferred
 
 # PyTriton and Triton die of a bus error when /dev/shm is full. Triton's pool has 4 MB per instance from the start, and
 # takes a request and its answer with gaps: 1.3 times their bytes. PyTriton's store takes them in segments of powers of
@@ -29,27 +30,59 @@ class AnswerMemory:
         self._device = device
         self._pinned = 0
 
-    def store(self, outputs: Mapping[str, object]) -> dict[str, np.ndarray]:
-        """Copy arrays of any shape and dtype to the host, and return the copies.
+    def store(self, outputs: Mapping[str, object]) -> dict[str, np.ndarray | Deferred]:
+        """Copy outputs of any shape and dtype to the host, and return the copies, those of deferred outputs last.
 
-        ``outputs`` are numpy arrays, or tensors of torch or DALI. On a GPU the copies are complete once torch's current
-        stream has come to this point. Raises ValueError if the memory is too small.
+        ``outputs`` are what :meth:`Stages.__call__` returns. On a GPU the copies are complete once torch's current
+        stream has come to this point. Deferred outputs get their source as a numpy array, in memory of its own; the
+        others are placed into this memory. Raises InvalidRequest if it is too small.
         """
+        deferred = {name: output for name, output in outputs.items() if isinstance(output, Deferred)}
         if self._device == "cpu":
-            outputs = {name: np.asarray(array) for name, array in outputs.items()}
-            copies = lay_out(self._memory, layout_of(outputs))
-            for name, array in outputs.items():
+            arrays = {name: np.asarray(output) for name, output in outputs.items() if name not in deferred}
+            copies = self._place(layout_of(arrays))
+            for name, array in arrays.items():
                 np.copyto(copies[name], array)
-            return copies
+            return copies | {
+                name: Deferred(output.compute, np.array(output.source)) for name, output in deferred.items()
+            }
         import torch
 
-        tensors = {name: torch.from_dlpack(array) for name, array in outputs.items()}
-        layout = {name: (tensor.shape, str(tensor.dtype).removeprefix("torch.")) for name, tensor in tensors.items()}
-        copies = lay_out(self._memory, layout)
+        tensors = {name: torch.from_dlpack(output) for name, output in outputs.items() if name not in deferred}
+        copies = self._place(
+            {name: (tensor.shape, str(tensor.dtype).removeprefix("torch.")) for name, tensor in tensors.items()}
+        )
         self._pin(sum(copy.nbytes + ALIGNMENT for copy in copies.values()))
         for name, tensor in tensors.items():
             torch.from_numpy(copies[name]).copy_(tensor, non_blocking=True)
+        for name, output in deferred.items():
+            source = torch.from_dlpack(output.source)
+            pinned = torch.empty_like(source, device="cpu", pin_memory=True).copy_(source, non_blocking=True)
+            copies[name] = Deferred(output.compute, pinned.numpy())
         return copies
+
+    def compute_deferred(self, outputs: Mapping[str, np.ndarray | Deferred]) -> dict[str, np.ndarray]:
+        """Compute what :meth:`store` returned as deferred, and store it behind the rest. From any thread.
+
+        Raises InvalidRequest if the memory is too small.
+        """
+        arrays = {
+            name: output.compute(output.source) if isinstance(output, Deferred) else output
+            for name, output in outputs.items()
+        }
+        copies = self._place(layout_of(arrays))
+        for name, output in outputs.items():
+            if isinstance(output, Deferred):  # the others, which come first, are there already
+                np.copyto(copies[name], arrays[name])
+        return copies
+
+    def _place(self, layout: Layout) -> dict[str, np.ndarray]:
+        try:
+            return lay_out(self._memory, layout)
+        except ValueError:
+            raise InvalidRequest(
+                f"the answer is larger than the {len(self._memory)} bytes that this server sends: request fewer outputs"
+            ) from None
 
     def _pin(self, size: int) -> None:
         # As much as was ever needed instead of everything: pinned pages take up memory even if nobody writes to them.

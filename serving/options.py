@@ -8,11 +8,11 @@ import socket
 from collections.abc import Callable
 
 # Used unless the user says otherwise, by the type of the device. More instances on a GPU would only compete for the
-# server's interpreter lock. Two threads on a GPU: while one batch is in the network, the next one is decoded and the
-# previous one copied to the host. The queue holds what is answered within seconds.
+# server's interpreter lock. A batch has at most as many photos as an H100 or H200 has JPEG decoders; see
+# docs/sharp-bits.md. The queue holds what is answered within seconds.
 DEVICE_DEFAULTS = {
-    "cuda": {"instances": 12, "max_batch_size": 4, "max_queue": 512, "threads": 2},
-    "cpu": {"instances": 1, "max_batch_size": 1, "max_queue": 12, "threads": 1},
+    "cuda": {"instances": 12, "max_batch_size": 7, "max_queue": 512},
+    "cpu": {"instances": 4, "max_batch_size": 4, "max_queue": 12},
 }
 MAX_INSTANCES = max(defaults["instances"] for defaults in DEVICE_DEFAULTS.values())
 
@@ -107,6 +107,11 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
             f"(default: {port})",
             default=argparse.SUPPRESS,
         )
+    add(
+        "--access-token",
+        help="token for Triton's administrative endpoints (default: TRITON_ACCESS_TOKEN in the environment, or random)",
+        default=argparse.SUPPRESS,
+    )
     add(
         "--drain-s",
         type=number(float, 0),

@@ -39,8 +39,11 @@ def blank_photo(width: int = 640, height: int = 480) -> np.ndarray:
     return np.frombuffer(stream.getvalue(), np.uint8)
 
 
-def check_photo(encoded: np.ndarray, max_pixels: int) -> None:
-    """Check an encoded photo, uint8 ``[N]``, without decoding it. Raises InvalidRequest."""
+def check_photo(encoded: np.ndarray, max_pixels: int) -> tuple[int, int]:
+    """Check an encoded photo, uint8 ``[N]``, without decoding it, and return its width and height.
+
+    EXIF orientation is not applied to them. Raises InvalidRequest.
+    """
     data = encoded.tobytes()
     if not data:
         raise InvalidRequest(f"the photo is empty: {ADVICE}")
@@ -62,6 +65,7 @@ def check_photo(encoded: np.ndarray, max_pixels: int) -> None:
             f"the photo has {width} x {height} pixels, and this server takes {max_pixels} at most: "
             "scale it down, or start the server with a larger --max-pixels"
         )
+    return width, height
 
 
 def _check_jpeg(data: bytes) -> None:

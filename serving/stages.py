@@ -1,18 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What you write to serve a network: the stages, and a function that loads them."""
+"""What you write to serve a network: a class with its stages."""
 
 import abc
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 from pytriton.proxy.types import Request
 
 
-class Stages(abc.ABC):
-    """Turns requests into jobs, and batches of jobs into outputs. An object belongs to one thread.
+@dataclass(frozen=True)
+class Deferred:
+    """An output that the CPU computes from an array on the device, such as a compressed file.
 
-    A thread on a GPU has a CUDA stream of its own, which is torch's current stream in the constructor and in all calls.
+    The array is copied to the host, and ``compute`` then runs in a thread of a pool, so that neither the device nor the
+    other jobs of the batch wait for it. It gets a numpy array and returns one.
     """
+
+    compute: Callable[[np.ndarray], np.ndarray]
+    source: object
+
+
+class Stages(abc.ABC):
+    """Turns requests into jobs, and batches of jobs into outputs. Each worker process has one object, in one thread.
+
+    On a GPU, it runs on a CUDA stream of its own, which is torch's current stream in the constructor and in all calls.
+    """
+
+    @abc.abstractmethod
+    def __init__(self, options: argparse.Namespace, device: str):
+        """Load the network onto the device, ``cpu`` or ``cuda:N``. In the options, 0 is replaced by the default."""
 
     @abc.abstractmethod
     def read(self, request: Request) -> object:
@@ -25,13 +43,9 @@ class Stages(abc.ABC):
     def __call__(self, jobs: Sequence) -> Sequence[Mapping[str, object]]:
         """Return the outputs that each job asks for, without a batch dimension.
 
-        Outputs are numpy arrays, or tensors of torch or DALI. If this raises, it is called again for each job alone.
+        Outputs are numpy arrays, tensors of torch or DALI on the device, or :class:`Deferred`. If this raises, it is
+        called again for each job alone.
         """
 
     def verify(self) -> None:  # noqa: B027 - not every network needs it
         """Raise an exception if the outputs of the last call are wrong. By now, the GPU has finished them."""
-
-
-# Runs once in each worker process. Gets the options, with the automatic ones filled in, and the device: ``cpu`` or
-# ``cuda:N``. Returns what makes the stages of one thread.
-Load = Callable[[argparse.Namespace, str], Callable[[], Stages]]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytriton.triton
-from pytriton.triton import TritonConfig
+from pytriton.triton import TritonConfig, TritonSecurityConfig
 from pytriton.utils.distribution import get_stub_path
 
 from serving.errors import ServerError, UsageError
@@ -26,11 +26,6 @@ from serving.lifecycle import Lifecycle
 
 # Seconds that Triton waits for clients to close their connections when it exits. `docker stop` kills after 10 s.
 EXIT_TIMEOUT_S = 2
-
-# Instances ask the first one, through a socket, where their memory is. On a busy machine they may ask before anybody
-# listens, or get no answer within the second that PyTriton allows.
-MISSED = re.compile("ConnectionRefusedError|BlockingIOError|waiting for config file")
-START_ATTEMPTS = 5
 
 # For the processes that Triton starts. By default glibc maps each image anew, zeroes its pages and unmaps them again;
 # with these settings images stay on the heap. 32 MiB is the highest threshold that glibc accepts.
@@ -40,12 +35,15 @@ MALLOC_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
 
+# Each instance asks the first one, through a socket, where their memory is. If they start in parallel, some may ask
+# before it listens, and Triton does not start.
+INSTANCES_ONE_BY_ONE = {"TRITON_PARALLEL_INSTANCE_LOADING": "0"}
+
+# Part of an option of Triton's, in which other characters have a meaning.
+TOKEN = re.compile(r"[\w-]{16,}", re.ASCII)
+
 PROTOCOLS = ("http", "grpc", "metrics")
 LOGGER = logging.getLogger("server")
-
-
-class _InstancesMissedEachOther(ServerError):
-    pass
 
 
 class Triton:
@@ -56,6 +54,7 @@ class Triton:
         self._verbose = options.verbose
         self._lifecycle = lifecycle
         self._config = _configure(options)
+        self._security = _secure(options)
         self._model: dict = {}
         _check_ports(self._config)
         prepare_environment()
@@ -66,17 +65,8 @@ class Triton:
 
     def serve(self) -> None:
         """Start Triton and serve the model until a signal arrives. Leaves through SystemExit or ServerError."""
-        for attempts_left in reversed(range(START_ATTEMPTS)):
-            try:
-                self._serve_once()
-            except _InstancesMissedEachOther as error:
-                if not attempts_left:
-                    raise
-                LOGGER.warning("%s; trying again", error)
-
-    def _serve_once(self) -> None:
         try:
-            triton = pytriton.triton.Triton(config=self._config)
+            triton = pytriton.triton.Triton(config=self._config, security_config=self._security)
         except OSError as error:
             raise UsageError(
                 f"PyTriton cannot create its workspace: {error}; set PYTRITON_HOME to a folder with a short path"
@@ -104,8 +94,7 @@ class Triton:
         except Exception as error:
             # An exception in one of Triton's stub processes has a traceback around the line that counts.
             lines = str(error).split("\nAt:\n")[0].strip().splitlines() or [type(error).__name__]
-            kind = _InstancesMissedEachOther if MISSED.search(lines[-1]) else ServerError
-            raise kind(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
+            raise ServerError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
 
     def _fail_without_helpers(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process]) -> None:
         # Triton would start another helper, which does not find the memory of the first.
@@ -113,6 +102,10 @@ class Triton:
             connection.wait([os.pidfd_open(helper.pid) for helper in helpers])
         if triton.is_alive():
             self._lifecycle.fail("stopping: one of Triton's helper processes has ended")
+        else:
+            # The main thread notices the end of Triton, too. There, PyTriton waits for the requests in flight.
+            self._lifecycle.finish()
+            self._lifecycle.give_up()
 
     def _clean_up(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process]) -> None:
         """Stop Triton, and remove what it leaves behind if it was killed or ran out of time."""
@@ -161,6 +154,16 @@ def _configure(options: argparse.Namespace) -> TritonConfig:
     return TritonConfig(**config)
 
 
+def _secure(options: argparse.Namespace) -> TritonSecurityConfig:
+    """Return what protects the administrative endpoints. Without a token, PyTriton draws one."""
+    token = getattr(options, "access_token", os.environ.get("TRITON_ACCESS_TOKEN"))
+    if token is not None and not TOKEN.fullmatch(token):
+        raise UsageError(
+            "--access-token, or TRITON_ACCESS_TOKEN in the environment, must be 16 or more letters, digits, - and _"
+        )
+    return TritonSecurityConfig(access_token=token)
+
+
 def _listening(config: TritonConfig) -> Iterator[tuple[str, str, int]]:
     for protocol in PROTOCOLS:
         if getattr(config, f"allow_{protocol}") in (True, None):
@@ -206,7 +209,7 @@ def prepare_environment() -> None:
                 f"or on Debian and Ubuntu, apt install libpython{version}"
             ) from None
     os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, [*found, os.environ.get("LD_LIBRARY_PATH")]))
-    for name, value in MALLOC_ENVIRONMENT.items():
+    for name, value in (MALLOC_ENVIRONMENT | INSTANCES_ONE_BY_ONE).items():
         os.environ.setdefault(name, value)
     # An instance waits for the interpreter lock several times per request, by default up to 5 ms each time.
     sys.setswitchinterval(0.0005)

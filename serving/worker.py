@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from logging.handlers import BufferingHandler
 from multiprocessing import Pipe, connection
 
@@ -28,14 +29,16 @@ from serving.errors import InferenceFailed, RequestError, ServerError, UsageErro
 from serving.instance import Instance
 from serving.lifecycle import Lifecycle
 from serving.memory import AnswerMemory, fit_shared_memory
-from serving.options import DEVICE_DEFAULTS, MAX_INSTANCES, device_default
+from serving.options import MAX_INSTANCES, device_default
 from serving.photo import max_photo_bytes
-from serving.stages import Load, Stages
+from serving.stages import Deferred, Stages
 
 MAX_WAIT_S = 60  # for an instance; then a request is refused without having been worked on
 KILL_TIMEOUT_S = 10
 
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
+
+Answer = dict[str, np.ndarray] | Callable[[], dict[str, np.ndarray]]
 
 LOGGER = logging.getLogger("server")
 
@@ -54,10 +57,18 @@ class Workers:
     """A worker process for each device, and the instances through which PyTriton reaches them."""
 
     def __init__(
-        self, load: Load, options: argparse.Namespace, answer_bytes: Callable[[int], int], lifecycle: Lifecycle
+        self,
+        stages: type[Stages],
+        options: argparse.Namespace,
+        answer_bytes: Callable[[int], int],
+        lifecycle: Lifecycle,
     ):
-        """``answer_bytes`` tells how many bytes the answer to a photo with so many pixels has at most."""
-        self._load = load
+        """Nothing starts before the ``with`` block.
+
+        Each worker creates an object of ``stages``. ``answer_bytes`` tells how many bytes the answer to a photo with so
+        many pixels may have.
+        """
+        self._stages = stages
         self._options = options
         self._answer_bytes = answer_bytes
         self._lifecycle = lifecycle
@@ -97,7 +108,7 @@ class Workers:
                 raise UsageError(f"--max-pixels {options.max_pixels}: not enough memory ({error})") from error
             # Between the fork and the append, a signal would leave a process behind that nobody ends.
             with self._lifecycle.signals_deferred():
-                self._workers.append(_Worker(self._load, options, device, channels, shm_bytes, self._answer_bytes))
+                self._workers.append(_Worker(self._stages, options, device, channels, shm_bytes, self._answer_bytes))
             # PyTriton's end waits for its instances, and these for the worker.
             self._lifecycle.on_give_up(self._workers[-1].kill)
         reports = [worker.wait_until_ready(options.start_timeout_s) for worker in self._workers]
@@ -127,12 +138,12 @@ class Workers:
 class _Worker:
     """A worker process, as seen from the process that started it."""
 
-    def __init__(self, load, options, device, channels, shm_bytes, answer_bytes):
+    def __init__(self, stages, options, device, channels, shm_bytes, answer_bytes):
         """Fork the process. This must happen while the server has only one thread."""
         self.channels = channels
         self._device = device
         self._status, worker_end = Pipe()
-        arguments = (os.getpid(), load, options, device, channels, shm_bytes, answer_bytes, worker_end)
+        arguments = (os.getpid(), stages, options, device, channels, shm_bytes, answer_bytes, worker_end)
         self._process = FORK.Process(target=_run, args=arguments)
         self._process.start()
         worker_end.close()
@@ -172,28 +183,33 @@ class _Worker:
 
 
 class _Runner:
-    """The stages of one thread, on a CUDA stream of their own."""
+    """The stages, on a CUDA stream of their own."""
 
-    def __init__(self, make_stages: Callable[[], Stages], device: str):
+    def __init__(self, stages: type[Stages], options: argparse.Namespace, device: str):
         self.device = device
         self._stream = open_stream(device)
         with self._stream:
-            self.stages = make_stages()
+            self.stages = stages(options, device)
 
-    def __call__(self, batch: Sequence[tuple[AnswerMemory, object]]) -> list[dict[str, np.ndarray]]:
-        """Return the outputs of each job, in the memory that comes with it."""
+    def __call__(self, batch: Sequence[tuple[AnswerMemory, object]]) -> list[Answer]:
+        """Return the outputs of each job, in the memory that comes with it, or a function that returns them."""
         with self._stream:
             outputs = self.stages([job for _, job in batch])
             answers = [memory.store(output) for (memory, _), output in zip(batch, outputs, strict=True)]
             # So far the GPU was only told what to do. This is the one time that a batch is waited for.
             self._stream.wait()
             self.stages.verify()
-        return answers
+        return [
+            partial(memory.compute_deferred, answer)
+            if any(isinstance(output, Deferred) for output in answer.values())
+            else answer
+            for (memory, _), answer in zip(batch, answers, strict=True)
+        ]
 
 
 def _run(
     parent: int,
-    load: Load,
+    stages: type[Stages],
     options: argparse.Namespace,
     device: str,
     channels: Sequence[Channel],
@@ -210,7 +226,7 @@ def _run(
         os._exit(1)
     try:
         try:
-            batcher, report = _build(load, options, resolve_device(device), channels, shm_bytes, answer_bytes)
+            batcher, report = _build(stages, options, resolve_device(device), channels, shm_bytes, answer_bytes)
         except RuntimeError as error:  # torch's and DALI's, typically about a GPU whose memory is full
             LOGGER.debug("a worker failed to start", exc_info=error)
             reason = str(error).strip().splitlines()[0]
@@ -225,7 +241,7 @@ def _run(
 
 
 def _build(
-    load: Load,
+    stages: type[Stages],
     options: argparse.Namespace,
     device: str,
     channels: Sequence[Channel],
@@ -248,15 +264,14 @@ def _build(
         LOGGER.warning(warning)
     max_batch_size = device_default(options, "max_batch_size", device_type)
     options = argparse.Namespace(**vars(options) | {"max_pixels": max_pixels, "max_batch_size": max_batch_size})
-    make_stages = load(options, device)
-    LOGGER.info("warming up; instances: %d, photos per batch: %d at most", instances, max_batch_size)
-    runners = [_Runner(make_stages, device) for _ in range(DEVICE_DEFAULTS[device_type]["threads"])]
+    LOGGER.info("instances: %d, photos per batch: %d at most", instances, max_batch_size)
+    runner = _Runner(stages, options, device)
     memories = {channel: AnswerMemory(channel.answer_memory, device) for channel in channels[:instances]}
 
     def read(channel: Channel, arrays: Mapping[str, np.ndarray], message: tuple) -> tuple[AnswerMemory, object]:
         parameters, outputs = message
         request = Request(data=arrays, parameters=parameters, requested_output_names=outputs)
-        return memories[channel], runners[0].stages.read(request)
+        return memories[channel], runner.stages.read(request)
 
     def explain(error: Exception) -> RequestError:
         _end_without(device)
@@ -267,7 +282,7 @@ def _build(
 
     LOGGER.removeHandler(warnings)
     messages = tuple(record.getMessage() for record in warnings.buffer)
-    return Batcher(list(memories), read, runners, explain, max_batch_size), _Ready(
+    return Batcher(list(memories), read, runner, explain, max_batch_size), _Ready(
         device_type, instances, max_pixels, messages
     )
 

@@ -32,8 +32,19 @@ LOGGER = logging.getLogger("server")
 class Inversion(Stages):
     """Inverts photos, and returns the mean of each color channel."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, device: str):  # noqa: ARG002
+        """Follow ``--start``: how the worker starts."""
         self.options = options
+        if options.start == "hang":
+            time.sleep(1000)
+        if options.start == "no memory":
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20 MiB.\nAnd advice.")
+        if options.start == "wrong option":
+            raise UsageError("--start must not be wrong")
+        if options.start == "exit":
+            os._exit(3)
+        if options.start == "warn":
+            LOGGER.warning("FALLBACK: of this worker")
 
     def read(self, request):
         check_photo(request["image"], self.options.max_pixels)
@@ -56,32 +67,17 @@ class Inversion(Stages):
         return [{name: output[name] for name in names} for output, (_, _, names) in zip(outputs, jobs, strict=True)]
 
 
-def load(options, _device):
-    """Follow ``--start``: how the worker starts."""
-    if options.start == "hang":
-        time.sleep(1000)
-    if options.start == "no memory":
-        raise RuntimeError("CUDA out of memory. Tried to allocate 20 MiB.\nAnd advice.")
-    if options.start == "wrong option":
-        raise UsageError("--start must not be wrong")
-    if options.start == "exit":
-        os._exit(3)
-    if options.start == "warn":
-        LOGGER.warning("FALLBACK: of this worker")
-    return lambda: Inversion(options)
-
-
 def main():
     parser = make_parser("Invert photos.")
     parser.add_argument("--start", default="")
     parser.add_argument("--triton-batch-size", type=int, default=1)
     add_serving_options(parser)
-    parser.set_defaults(device="cpu")
+    parser.set_defaults(device="cpu", instances=1, max_batch_size=1)
     options = parser.parse_args()
     configure_logging(options.verbose)
     with Lifecycle(options.drain_s) as lifecycle:
         triton = Triton(options, lifecycle)
-        with Workers(load, options, lambda pixels: 3 * pixels + 64, lifecycle) as workers:
+        with Workers(Inversion, options, lambda pixels: 3 * pixels + 64, lifecycle) as workers:
             triton.bind(
                 model_name="Toy",
                 infer_func=workers.instances,

@@ -84,7 +84,12 @@ def _load_demo(path: Path, network: str) -> StateDict:
             f"{path} is not a demonstration weights file: create it with weights/train_demo.py"
         ) from None
     shapes = network_shapes(network)
-    drawn = {name: random_convolution(name, shape) for name, shape in shapes.items() if name not in trained}
+    # Only convolutions are drawn. If another network lacks something else, _check says so.
+    drawn = {
+        name: random_convolution(name, shape)
+        for name, shape in shapes.items()
+        if name not in trained and len(shape) == 4
+    }
     state_dict = _check(drawn | trained, str(path), network)
     if fingerprint(drawn) != expected:
         raise WeightsError(

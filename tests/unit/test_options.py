@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command lines: each mistake is one line that names the option and what is valid, with status 2."""
 
-import argparse
-
 import pytest
 import torch
 from conftest import SAMPLES
@@ -12,7 +10,7 @@ import server
 from serving.device import list_devices, resolve_device
 from serving.errors import UsageError
 from serving.options import DEVICE_DEFAULTS, device_default
-from serving.triton import _configure
+from serving.triton import _configure, _secure
 
 
 def mistake(parse_options, arguments: list[str], capsys) -> str:
@@ -84,7 +82,7 @@ def test_a_mistake_in_the_clients_options_is_one_line(arguments, expected, capsy
     ("arguments", "expected"),
     [
         (["--image-paths", "missing.jpg"], "--image-paths: cannot read missing.jpg (No such file or directory)"),
-        (["--image-paths", "."], "--image-paths: cannot read . (Is a directory)"),
+        (["--image-paths", "*.missing"], "--image-paths: *.missing matches no file"),
         (["--dump-images", "--output-dir", "/proc/nothing"], "--output-dir: cannot create /proc/nothing ("),
         (["--url", "ftp://127.0.0.1:8000"], "--url must be http://host:port, grpc://host:port or host, not ftp"),
         (["--url", "http://127.0.0.1:999999"], "--url http://127.0.0.1:999999: Port out of range"),
@@ -96,6 +94,14 @@ def test_what_the_client_cannot_send_is_one_line(arguments, expected):
         client.send_all(client.parse_options(arguments))
     assert str(error.value).startswith(expected)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("token", ["", "too short", "with:a-colon-and=more"])
+def test_a_bad_access_token_is_refused(token, monkeypatch):
+    monkeypatch.setenv("TRITON_ACCESS_TOKEN", token)
+    with pytest.raises(UsageError, match="TRITON_ACCESS_TOKEN in the environment, must be 16 or more letters, digits"):
+        _secure(server.parse_options([]))
+    assert _secure(server.parse_options(["--access-token", 20 * "x"])).access_token == 20 * "x"
 
 
 def test_a_server_without_options_has_the_documented_defaults():
@@ -121,9 +127,9 @@ def test_without_options_triton_listens_on_loopback(monkeypatch):
 
 
 def test_a_class_that_the_network_does_not_know_is_refused_before_it_is_served():
-    options = argparse.Namespace(**vars(server.parse_options(["--weights", "demo", "--class-name", "unicorn"])))
-    with pytest.raises(UsageError, match="--class-name must be one of __background__, aeroplane, .*, not unicorn"):
-        server.load(options, "cpu")
+    options = server.parse_options(["--weights", "demo", "--max-batch-size", "1", "--class-name", "cat,unicorn"])
+    with pytest.raises(UsageError, match=r"--class-name must be one of __background__, .*, not 'cat,unicorn'$"):
+        server.Segmentation(options, "cpu")
 
 
 def test_a_gpu_that_does_not_exist_is_named():
@@ -146,7 +152,7 @@ def test_devices_are_listed_in_order():
 
 
 def test_the_sample_photo_is_sent_by_default():
-    assert client.parse_options([]).image_paths == [SAMPLES["person"][0]]
+    assert client.find_photos(client.parse_options([]).image_paths) == [SAMPLES["person"][0]]
     assert client.parse_options([]).parameters == {}
     parameters = client.parse_options(["--class-name", "cat", "--threshold", "0.5"]).parameters
     assert parameters == {"class_name": "cat", "threshold": 0.5}

@@ -19,6 +19,7 @@ from serving.instance import Instance
 from serving.lifecycle import Lifecycle
 from serving.memory import AnswerMemory, fit_shared_memory
 from serving.photo import max_photo_bytes
+from serving.stages import Deferred
 
 PHOTO = {"image": as_array(b"photo")}
 
@@ -28,7 +29,7 @@ class Forked:
 
     def __init__(self, runner, channel_count: int, max_batch_size: int, explain=lambda error: error):
         self.channels = open_channels(channel_count, 1000, 1000)
-        batcher = Batcher(self.channels, lambda *job: job, [runner], explain, max_batch_size)
+        batcher = Batcher(self.channels, lambda *job: job, runner, explain, max_batch_size)
         self.process = FORK.Process(target=batcher.run, daemon=True)
         self.process.start()
 
@@ -268,5 +269,34 @@ def test_with_little_shared_memory_there_are_fewer_instances_and_smaller_photos(
 
 def test_an_answer_that_does_not_fit_into_its_memory_is_an_error():
     memory = AnswerMemory(np.empty(100, np.uint8), "cpu")
-    with pytest.raises(ValueError, match="b does not fit"):
+    with pytest.raises(InvalidRequest, match="the answer is larger than the 100 bytes that this server sends"):
         memory.store({"a": np.zeros(60, np.uint8), "b": np.zeros(60, np.uint8)})
+
+
+def test_a_deferred_output_is_computed_from_a_copy_and_stored_behind_the_others():
+    memory, source = AnswerMemory(np.zeros(1000, np.uint8), "cpu"), np.arange(5)
+    stored = memory.store({"file": Deferred(lambda array: 2 * array, source), "raw": np.full(3, 7.0)})
+    source[:] = 0  # a device reuses its memory for the next batch
+    answer = memory.compute_deferred(stored)
+    assert answer["file"].tolist() == [0, 2, 4, 6, 8]
+    assert answer["raw"].tolist() == [7, 7, 7]
+
+
+def test_an_answer_that_takes_long_to_compute_holds_up_no_other_batch():
+    go_on = FORK.Event()
+
+    def later():
+        go_on.wait()
+        raise InvalidRequest("too late")
+
+    def runner(jobs):
+        return [later if message == "later" else {} for _, _, message in jobs]
+
+    with Forked(runner, 2, max_batch_size=4) as forked, ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(forked.channels[0].call, PHOTO, "later")
+        for _ in range(3):
+            assert forked.channels[1].call(PHOTO, "now", 10) == {}
+        assert not waiting.done()
+        go_on.set()
+        with pytest.raises(InvalidRequest, match="too late"):
+            waiting.result()

@@ -102,11 +102,13 @@ def test_postprocessing_matches_numpy(device, sizes):
     batch, _ = Preprocess(device, 224, len(sizes))(
         [as_array(encode(Image.fromarray(photo), "PNG")) for photo in photos]
     )
-    segmented = to_arrays(Postprocess(device, len(sizes))(batch, torch.from_numpy(probability).to(device), thresholds))
+    outputs = Postprocess(device, len(sizes))(batch, torch.from_numpy(probability).to(device), thresholds)
+    segmented, masks = map(to_arrays, outputs)
     for index, photo in enumerate(photos):
         exact = interpolate(probability[index].astype(np.float64), sizes[index])
         expected = photo * (exact > thresholds[index])[..., None]
         differs = (segmented[index] != expected).any(axis=2)
+        np.testing.assert_array_equal(masks[index], 255 * segmented[index].all(axis=2))  # no pixel of a photo is 0
         # Exactly, except where the threshold is closer than float32 can tell.
         assert np.abs(exact - thresholds[index])[differs].max(initial=0) < 1e-5
 
@@ -117,7 +119,8 @@ def test_postprocessing_at_the_ends_of_the_threshold(device, threshold):
     photo = Image.new("RGB", (30, 20), (10, 20, 30))
     batch, _ = preprocess(device)([as_array(encode(photo, "PNG"))])
     probability = torch.full((1, 224, 224), 0.5, device=device)
-    segmented = to_arrays(Postprocess(torch.device(device))(batch, probability, [threshold]))[0]
+    (segmented,), (mask,) = map(to_arrays, Postprocess(torch.device(device))(batch, probability, [threshold]))
+    np.testing.assert_array_equal(mask, np.full((20, 30), 255 * (threshold < 0.5)))
     np.testing.assert_array_equal(segmented, np.asarray(photo) * (threshold < 0.5))
 
 
@@ -172,9 +175,9 @@ def test_weights_too_large_for_fp16_are_noticed():
     state_dict = load_weights("demo", NETWORK)
     state_dict["classifier.4.weight"] = state_dict["classifier.4.weight"] * 1e6
     for precision, expected in (("fp16", True), ("fp32", False)):
-        assert SegmentationNetwork(NETWORK, state_dict, torch.device("cpu"), precision).overflows(64) is expected
+        assert SegmentationNetwork(NETWORK, state_dict, torch.device("cpu"), precision).overflows(32) is expected
     with pytest.raises(UsageError, match="--precision fp16 is too small for these weights: use bf16, fp32 or auto"):
-        load_network(NETWORK, state_dict, torch.device("cpu"), "fp16", 64)
+        load_network(NETWORK, state_dict, torch.device("cpu"), "fp16", 32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -14,6 +14,12 @@ from weights.loading import DEMO_PATH, WeightsError, load_weights
 URL = pretrained_weights(NETWORK).url
 
 
+@pytest.fixture(scope="module")
+def demo() -> dict:
+    """The demonstration weights. Copy the dictionary before you change it."""
+    return load_weights("demo", NETWORK)
+
+
 @pytest.fixture
 def cached_file(tmp_path, monkeypatch) -> Path:
     """Where torch expects the pretrained file, on a machine without a network."""
@@ -50,10 +56,10 @@ def refusal(choice: object, network: str = NETWORK) -> str:
         ),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_with_what_is_wrong(content, expected, tmp_path):
+def test_a_file_that_does_not_fit_is_refused_with_what_is_wrong(content, expected, demo, tmp_path):
     file = tmp_path / "weights.pth"
     if callable(content):
-        state_dict = load_weights("demo", NETWORK)
+        state_dict = dict(demo)
         content(state_dict)
         torch.save(state_dict, file)
     elif isinstance(content, bytes):
@@ -77,8 +83,7 @@ def test_a_file_cannot_run_code(tmp_path):
     assert not (tmp_path / "it ran").exists()
 
 
-def test_a_file_with_the_auxiliary_head_in_double_precision_is_loaded(tmp_path):
-    demo = load_weights("demo", NETWORK)
+def test_a_file_with_the_auxiliary_head_in_double_precision_is_loaded(demo, tmp_path):
     doubled = {name: value.double() if value.is_floating_point() else value for name, value in demo.items()}
     torch.save(doubled | {"aux_classifier.4.bias": torch.zeros(21)}, tmp_path / "own.pth")
     loaded = load_weights(str(tmp_path / "own.pth"), NETWORK)
@@ -86,8 +91,7 @@ def test_a_file_with_the_auxiliary_head_in_double_precision_is_loaded(tmp_path):
     assert all(torch.equal(loaded[name], demo[name]) and loaded[name].dtype == demo[name].dtype for name in demo)
 
 
-def test_pretrained_weights_come_from_torchs_cache(cached_file):
-    demo = load_weights("demo", NETWORK)
+def test_pretrained_weights_come_from_torchs_cache(demo, cached_file):
     torch.save(demo, cached_file)
     assert torch.equal(load_weights("pretrained", NETWORK)["classifier.4.bias"], demo["classifier.4.bias"])
 
@@ -103,8 +107,8 @@ def test_a_damaged_file_in_torchs_cache_is_named(cached_file):
     assert f"delete {cached_file}, which is damaged, and start the server again" in refusal("pretrained")
 
 
-def test_auto_falls_back_to_the_demonstration_weights_with_a_warning(cached_file, caplog):
-    assert load_weights("auto", NETWORK).keys() == load_weights("demo", NETWORK).keys()
+def test_auto_falls_back_to_the_demonstration_weights_with_a_warning(demo, cached_file, caplog):
+    assert load_weights("auto", NETWORK).keys() == demo.keys()
     (record,) = (record for record in caplog.records if record.levelname == "WARNING")
     assert record.getMessage().startswith("DEMONSTRATION WEIGHTS: the server knows the two photos in images/")
     assert str(cached_file) in record.getMessage()
@@ -124,7 +128,7 @@ def test_the_demonstration_weights_detect_other_random_numbers(tmp_path):
 
 def test_a_file_of_weights_is_not_taken_for_demonstration_weights(tmp_path):
     torch.save([1], tmp_path / "demo.pt")
-    with pytest.raises(WeightsError, match="is not a file of demonstration weights"):
+    with pytest.raises(WeightsError, match="is not a demonstration weights file: create it with "):
         load_weights("demo", NETWORK, tmp_path / "demo.pt")
 
 

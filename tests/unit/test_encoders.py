@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image files: what a request may ask for, and that each format carries the right pixels."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICES, psnr, sample
+from PIL import Image
+
+from encoders import Encode, ImageFile
+from serving.errors import InvalidRequest
+from serving.stages import Deferred
+
+CUT_OUT = np.asarray(sample("cat", (120, 80))) * (np.arange(120) < 70)[None, :, None].astype(np.uint8)
+MASK = np.broadcast_to(np.where(np.arange(120) < 70, 255, 0).astype(np.uint8), (80, 120)).copy()
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+def encode(device: torch.device, *files: ImageFile | None) -> list[np.ndarray | None]:
+    cut_outs, masks = ([torch.from_numpy(array).to(device)] * len(files) for array in (CUT_OUT, MASK))
+    return [
+        output.compute(output.source.cpu().numpy()) if isinstance(output, Deferred) else output
+        for output in Encode(device)(cut_outs, masks, files)
+    ]
+
+
+def pixels(file: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(file.tobytes())))
+
+
+def test_a_batch_may_mix_formats_and_qualities_and_photos_that_need_no_file(device):
+    files = [ImageFile("jpeg", 95), None, ImageFile("png", 100), ImageFile("jpeg", 10), ImageFile("webp", 80)]
+    good, nothing, png, coarse, webp = encode(device, *files)
+    assert nothing is None
+    assert psnr(pixels(good), CUT_OUT) > 38 > 32 > psnr(pixels(coarse), CUT_OUT)
+    assert len(coarse) < len(good) / 3
+    np.testing.assert_array_equal(pixels(png), np.dstack([CUT_OUT, MASK]))
+    np.testing.assert_array_equal(pixels(webp)[..., 3], MASK)
+    assert psnr(pixels(webp)[MASK > 0][:, :3], CUT_OUT[MASK > 0]) > 30
+
+
+def test_the_colors_of_a_jpeg_keep_their_resolution(device):
+    assert [component[1:3] for component in Image.open(io.BytesIO(encode(device, ImageFile("jpeg", 95))[0])).layer] == [
+        (1, 1)
+    ] * 3
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({}, ImageFile("jpeg", 95)),
+        ({"format": "webp"}, ImageFile("webp", 80)),
+        ({"format": "png", "quality": 1}, ImageFile("png", 1)),
+        ({"quality": 100}, ImageFile("jpeg", 100)),
+    ],
+)
+def test_the_format_and_the_quality_have_defaults(parameters, expected):
+    assert Encode.read_parameters(parameters) == expected
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"format": "gif"}, "format must be one of jpeg, png, webp, not 'gif'"),
+        ({"format": 5}, "format must be one of jpeg, png, webp, not 5"),
+        ({"quality": 0}, "quality must be a whole number between 1 and 100, not 0"),
+        ({"quality": 101}, "quality must be a whole number between 1 and 100, not 101"),
+        ({"quality": 9.5}, "quality must be a whole number between 1 and 100, not 9.5"),
+        ({"quality": True}, "quality must be a whole number between 1 and 100, not True"),
+        ({"quality": "high"}, "quality must be a whole number between 1 and 100, not 'high'"),
+    ],
+)
+def test_a_bad_parameter_is_refused_with_the_valid_range(parameters, expected):
+    with pytest.raises(InvalidRequest) as error:
+        Encode.read_parameters(parameters)
+    assert str(error.value) == expected
+
+
+def test_a_photo_that_is_too_large_for_a_format_is_refused():
+    ImageFile("png", 100).check_size((100_000, 1))
+    ImageFile("jpeg", 95).check_size((65_500, 1))
+    with pytest.raises(
+        InvalidRequest, match="a jpeg file may be 65500 pixels wide and high, and the photo has 1 x 65501"
+    ):
+        ImageFile("jpeg", 95).check_size((1, 65_501))
+    with pytest.raises(InvalidRequest, match="a webp file may be 16383 pixels wide and high"):
+        ImageFile("webp", 80).check_size((16_384, 1))
