@@ -177,10 +177,15 @@ def running_together(servers: Mapping[str, Server]) -> Iterator[Mapping[str, Ser
         yield servers
 
 
+# No proxy answers there: downloads fail as on a machine without a network.
+OFFLINE = dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9") | {"no_proxy": "", "NO_PROXY": ""}
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server of the session: the demonstration weights, and a GPU if there is one."""
-    with running_server(tmp_path_factory.mktemp("server") / "server.log", "--weights", "demo") as server:
+    """The server of the session, without options or a network: it serves the demonstration weights."""
+    folder = tmp_path_factory.mktemp("server")
+    with running_server(folder / "log", environment=OFFLINE | {"TORCH_HOME": str(folder)}) as server:
         yield server
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """server.py itself, where the network, the weights or a GPU make a difference. The other tests here use the toy."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from conftest import (
     SAMPLES,
     Server,
     decode,
+    encode,
     psnr,
     running_server,
+    sample,
     wait_for,
     with_tmpfs,
 )
@@ -27,51 +30,66 @@ from server import NETWORK
 from weights.loading import load_weights
 
 CAT = SAMPLES["cat"][0].read_bytes()
-# No proxy answers there: the download fails as on a machine without a network.
-OFFLINE = dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9") | {"no_proxy": "", "NO_PROXY": ""}
 
 
-def test_without_pretrained_weights_the_server_falls_back_loudly_to_the_demonstration(tmp_path):
-    with running_server(tmp_path / "log", environment=OFFLINE | {"TORCH_HOME": str(tmp_path)}) as server:
-        lines = server.log.read_text().splitlines()
-        ready = next(index for index, line in enumerate(lines) if "ready: model" in line)
-        assert "WARNING" in lines[ready - 1]
-        assert "DEMONSTRATION WEIGHTS" in lines[ready - 1]
-        assert pretrained_weights(NETWORK).url in lines[ready - 1]
-        # While it starts, it says what it does; once it is ready, it says where.
-        for expected in ("device: ", "weights: demonstration weights", "precision: ", "warming up"):
-            assert any(expected in line for line in lines[: ready - 1])
-        for url in (server.http_url, server.grpc_url, f"http://127.0.0.1:{server.metrics_port}/metrics"):
-            assert url in lines[ready]
-        assert psnr(server.connect("http").infer(PHOTO, ("original",))["original"][0], decode(PHOTO)) > 40
+def test_without_pretrained_weights_the_server_falls_back_loudly_to_the_demonstration(server):
+    lines = server.log.read_text().splitlines()
+    ready = next(index for index, line in enumerate(lines) if "ready: model" in line)
+    assert "WARNING" in lines[ready - 1]
+    assert "DEMONSTRATION WEIGHTS" in lines[ready - 1]
+    assert pretrained_weights(NETWORK).url in lines[ready - 1]
+    # While it starts, it says what it does; once it is ready, it says where.
+    for expected in ("device: ", "weights: demonstration weights", "precision: ", "warming up"):
+        assert any(expected in line for line in lines[: ready - 1])
+    for url in (server.http_url, server.grpc_url, f"http://127.0.0.1:{server.metrics_port}/metrics"):
+        assert url in lines[ready]
+    assert psnr(server.connect("http").infer(PHOTO, ("original",))["original"][0], decode(PHOTO)) > 40
 
 
-def test_your_own_weights_with_an_auxiliary_head_and_many_options_outlive_their_file_and_a_full_disk(tmp_path):
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with your own weights and many options, on a small disk."""
+    folder = tmp_path_factory.mktemp("own")
     # The network of the demonstration in double precision, with what torchvision's own files also contain.
     state_dict = {
         name: value.double() if value.is_floating_point() else value
         for name, value in load_weights("demo", NETWORK).items()
     }
-    torch.save(state_dict | {"aux_classifier.4.bias": torch.zeros(21)}, tmp_path / "own.pth")
-    options = "--weights own.pth --class-name cat --threshold 0.5 --device cpu --instances 2 --max-batch-size 1"
+    torch.save(state_dict | {"aux_classifier.4.bias": torch.zeros(21)}, folder / "own.pth")
+    options = "--weights own.pth --class-name cat --threshold 0.5 --device cpu --instances 2 --max-batch-size 2"
     options += " --input-size 225 --max-pixels 200000 --precision fp32 --address localhost"
-    prefix = with_tmpfs("$PYTRITON_HOME", "64m")
-    with running_server(tmp_path / "log", *options.split(), prefix=prefix) as server:
-        connections = [server.connect(protocol) for protocol in PROTOCOLS]
-        cat = connections[1].infer(CAT)
-        assert cat["segmented"].any(axis=3).mean() > 0.7
-        with pytest.raises(InferenceError, match="this server takes 200000 at most"):
-            connections[0].infer(PHOTO)
-        assert "DEMONSTRATION" not in server.log.read_text()
+    with running_server(folder / "log", *options.split(), prefix=with_tmpfs("$PYTRITON_HOME", "64m")) as server:
+        yield server
 
-        filler = Path(f"/proc/{server.process.pid}/root{server.home}/filler")  # as the server sees it
-        with pytest.raises(OSError, match="No space left"):
-            filler.write_bytes(bytes(1 << 27))
-        (tmp_path / "own.pth").write_bytes(b"half an upload")
-        for connection in connections:
-            np.testing.assert_array_equal(connection.infer(CAT)["segmented"], cat["segmented"])
-        assert server.stop() == 0
-        assert server.left_behind() == []
+
+def test_the_server_does_what_its_options_say(own):
+    assert own.connect("grpc").infer(CAT)["segmented"].any(axis=3).mean() > 0.7
+    with pytest.raises(InferenceError, match="this server takes 200000 at most"):
+        own.connect("http").infer(PHOTO)
+    assert "DEMONSTRATION" not in own.log.read_text()
+
+
+def test_a_bad_photo_costs_the_others_in_its_batch_nothing(own):
+    bad, connection = encode(sample("cat"), "PNG")[:20_000], own.connect("grpc")
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(connection.infer, photo) for photo in (CAT, bad) * 3]
+        for good, refused in zip(answers[::2], answers[1::2], strict=True):
+            with pytest.raises(InferenceError, match="the photo cannot be decoded"):
+                refused.result()
+            assert good.result()["segmented"].any(axis=3).mean() > 0.3
+
+
+def test_a_running_server_outlives_a_full_disk_and_changes_of_its_weights(own):
+    connections = [own.connect(protocol) for protocol in PROTOCOLS]
+    before = connections[0].infer(CAT)["segmented"]
+    filler = Path(f"/proc/{own.process.pid}/root{own.home}/filler")  # as the server sees it
+    with pytest.raises(OSError, match="No space left"):
+        filler.write_bytes(bytes(1 << 27))
+    (own.log.parent / "own.pth").write_bytes(b"half an upload")
+    for connection in connections:
+        np.testing.assert_array_equal(connection.infer(CAT)["segmented"], before)
+    assert own.stop() == 0
+    assert own.left_behind() == []
 
 
 def assert_both_workers_answer(server: Server) -> None:

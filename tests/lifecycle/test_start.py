@@ -19,12 +19,15 @@ from conftest import (
     wait_for,
     with_tmpfs,
 )
+from tritonclient.utils import InferenceServerException
 
 from serving.errors import UsageError
 from serving.launch import free_ports
 from serving.lifecycle import Lifecycle
 from serving.options import add_serving_options, make_parser
 from serving.triton import Triton
+
+TOKEN = "a-token_of-24-characters"
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +36,10 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, S
     folder = tmp_path_factory.mktemp("start")
     # A port that the command line overrides, and an option that the command line does not have.
     environment = {"PYTRITON_TRITON_CONFIG_HTTP_PORT": "1", "PYTRITON_TRITON_CONFIG_ALLOW_METRICS": ""}
+    environment["TRITON_ACCESS_TOKEN"] = TOKEN
     servers = {
         "environment": start_toy(folder / "environment", "--verbose", environment=environment),
+        "many instances": start_toy(folder / "instances", "--instances", 8),
         "two workers": start_toy(folder / "workers", "--device", "cpu,cpu", "--start", "warn"),
     }
     with running_together(servers) as running:
@@ -96,6 +101,24 @@ def test_a_wrong_triton_option_in_the_environment_is_one_line(tmp_path):
         assert server.process.wait(timeout=30) == 2
         assert "PYTRITON_TRITON_CONFIG_" in server.log.read_text().splitlines()[-1]
         assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("headers", [{}, {"triton-access-token": "another-token"}])
+def test_administrative_endpoints_need_the_access_token(servers, headers):
+    client = servers["environment"].connect("http").client
+    with pytest.raises(InferenceServerException, match="This API is restricted"):
+        client.get_inference_statistics("Toy", headers=headers)
+    assert client.get_inference_statistics("Toy", headers={"triton-access-token": TOKEN})["model_stats"]
+
+
+def test_many_instances_start_at_once(servers):
+    # If they start in parallel, some of them miss the first one, at the latest on a busy machine.
+    server = servers["many instances"]
+    stubs = [process for process in server.family() if process.name().startswith("triton_python")]
+    assert len(stubs) == 8
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(server.connect("grpc").infer, [PHOTO] * 8))
+    assert all((answer["inverted"][0] == 255 - decode(PHOTO)).all() for answer in answers)
 
 
 def test_warnings_of_all_workers_stand_right_above_the_line_that_says_ready(servers):

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a client does wrong costs it one error that says so, and costs nobody else anything."""
+
+import struct
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL_NAME, PHOTO, ROOT, decode, encode, psnr, sample
+from PIL import Image
+
+from client import Connection, InferenceError
+
+PICTURE = sample("person")
+
+
+def with_size(jpeg: bytes, width: int, height: int) -> bytes:
+    """Return the JPEG with another size in its header."""
+    position = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:position] + struct.pack(">HH", height, width) + jpeg[position + 4 :]
+
+
+def with_chunk(png: bytes, kind: bytes, data: bytes) -> bytes:
+    """Return the PNG with a chunk behind its first, the header."""
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return png[:33] + chunk + png[33:]
+
+
+def with_segments(jpeg: bytes, marker: int, contents: Iterable[bytes]) -> bytes:
+    """Return the JPEG with segments in front of all others."""
+    segments = [bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data for data in contents]
+    return b"".join([jpeg[:2], *segments, jpeg[2:]])
+
+
+# As a phone writes it: the preview at the front has an end marker of its own.
+MPO = encode(PICTURE, "MPO", save_all=True, append_images=[PICTURE.resize((99, 99))])
+WITH_PREVIEW = with_segments(MPO, 0xE1, [b"Exif\0\0" + encode(PICTURE.resize((99, 99)), "JPEG")])
+
+# Little to send and much to unpack: a chunk of a PNG of 200 MB, and a scan of a JPEG again and again.
+PNG, PROGRESSIVE = encode(PICTURE, "PNG"), encode(PICTURE.resize((40, 40)), "JPEG", progressive=True)
+ZEROS = zlib.compress(bytes(200_000_000), 1)
+LAST_SCAN = PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2]
+
+FRAMES = {"save_all": True, "append_images": [PICTURE.resize((512, 512)).rotate(90)], "duration": 100}
+
+BAD_PHOTOS = {
+    "a PNG whose text unpacks to 200 MB": (with_chunk(PNG, b"zTXt", b"Comment\0\0" + ZEROS), "header is damaged"),
+    "a PNG whose profile unpacks to 200 MB": (with_chunk(PNG, b"iCCP", b"icc\0\0" + ZEROS), "header is damaged"),
+    "a JPEG of 1,010 scans": (PROGRESSIVE[:-2] + 1000 * LAST_SCAN + b"\xff\xd9", "more than 64 scans"),
+    "a JPEG of 1,010 scans and a comment with an end": (
+        PROGRESSIVE[:-2] + b"\xff\xfe\x00\x04\xff\xd9" + 1000 * LAST_SCAN + b"\xff\xd9",
+        "more than 64 scans",
+    ),
+    "a JPEG with 30,000 comments": (with_segments(PHOTO, 0xFE, [b"comment"] * 30_000), "more than 20000 segments"),
+    "random bytes": (np.random.default_rng(0).bytes(5000), "of an unknown type"),
+    "a truncated JPEG": (PHOTO[:50_000], "truncated"),
+    "a JPEG without its last byte": (PHOTO[:-1], "truncated"),
+    "a progressive JPEG, truncated": (encode(PICTURE, "JPEG", progressive=True)[:20_000], "truncated"),
+    "a JPEG with a preview and a second picture, truncated": (WITH_PREVIEW[: len(WITH_PREVIEW) // 3], "truncated"),
+    "a JPEG cut off in the header": (PHOTO[:300], "truncated"),
+    "a JPEG whose header is damaged": (PHOTO[:20] + b"damaged" + PHOTO[27:], "damaged"),
+    "a truncated PNG": (PNG[:50_000], "cannot be decoded"),
+    "a truncated WebP": (encode(PICTURE, "WEBP")[:10_000], "damaged"),
+    "a truncated BMP": (encode(PICTURE, "BMP")[:50_000], "cannot be decoded"),
+    "a GIF": (encode(PICTURE.quantize(64), "GIF"), "of an unknown type"),
+    "a TIFF": (encode(PICTURE, "TIFF"), "of an unknown type"),
+    "a PDF": (b"%PDF-1.7\n" + b"1 0 obj << >> endobj\n" * 50, "of an unknown type"),
+    "an animated PNG": (encode(PICTURE, "PNG", **FRAMES), "an animation of 2 frames: send one of them"),
+    "an animated WebP": (encode(PICTURE, "WEBP", **FRAMES), "an animation of 2 frames: send one of them"),
+    "a header of 60,000 x 60,000": (with_size(PHOTO, 60_000, 60_000), "60000 x 60000 pixels"),
+    "a PNG of 30,000 x 30,000": (encode(Image.new("1", (30_000, 30_000)), "PNG"), "30000 x 30000 pixels"),
+}
+
+
+def refusal(connection: Connection, encoded: bytes, **parameters: object) -> str:
+    """Return the sentence with which the server refuses a request."""
+    with pytest.raises(InferenceError) as error:
+        connection.infer(encoded, parameters=parameters)
+    assert str(ROOT) not in str(error.value.__cause__)  # nothing about where our files are
+    return str(error.value)
+
+
+def assert_it_serves(connection: Connection) -> None:
+    # The original alone, because without a GPU the network takes most of the time.
+    assert psnr(connection.infer(PHOTO, ("original",))["original"][0], decode(PHOTO)) > 40
+
+
+@pytest.mark.parametrize("kind", BAD_PHOTOS)
+def test_a_bad_photo_is_refused_with_what_is_wrong(connection, kind):
+    encoded, expected = BAD_PHOTOS[kind]
+    with pytest.raises(InferenceError, match=f"^the photo.*{expected}") as error:
+        connection.infer(encoded)
+    assert f"InvalidRequest: {error.value}" in str(error.value.__cause__)
+    assert str(ROOT) not in str(error.value.__cause__)  # nothing about where our files are
+    assert_it_serves(connection)
+
+
+LARGE_BUT_GOOD = {
+    "a JPEG with a profile of 13 MB": with_segments(
+        PHOTO, 0xE2, (b"ICC_PROFILE\0" + bytes([number, 200]) + bytes(65_000) for number in range(1, 201))
+    ),
+    "a JPEG with EXIF data of 1 MB": with_segments(PHOTO, 0xE1, [b"Exif\0\0" + bytes(65_000)] * 16),
+    "a JPEG with 10,000 comments": with_segments(PHOTO, 0xFE, [b"comment"] * 10_000),
+    "a PNG of 100,000 x 1": encode(PICTURE.resize((100_000, 1)), "PNG"),
+    "a PNG of 1 x 100,000": encode(PICTURE.resize((1, 100_000)), "PNG"),
+    "a JPEG of 65,500 x 1": encode(PICTURE.resize((65_500, 1)), "JPEG"),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE_BUT_GOOD)
+def test_photos_with_large_headers_and_long_photos_are_answered(http_connection, kind):
+    answer, expected = http_connection.infer(LARGE_BUT_GOOD[kind]), decode(LARGE_BUT_GOOD[kind])
+    assert psnr(answer["original"][0], expected) > 30
+    assert answer["segmented"].shape == (1, *expected.shape)
+
+
+def test_a_jpeg_of_20_scans_is_answered(http_connection):
+    # The last scan again and again, which is not in the standard: the GPU's decoder makes something else of it.
+    encoded = PROGRESSIVE[:-2] + 10 * LAST_SCAN + b"\xff\xd9"
+    original, expected = http_connection.infer(encoded)["original"][0], decode(encoded)
+    assert original.shape == expected.shape
+    assert torch.cuda.is_available() or psnr(original, expected) > 30
+
+
+def test_an_empty_body_is_refused_by_pytriton(connection):
+    assert "cannot cast view with zeros in shape" in refusal(connection, b"")
+    assert_it_serves(connection)
+
+
+@pytest.mark.parametrize("class_name", ["unicorn", "", "Person", 15, "cat,unicorn"])
+def test_an_unknown_class_is_answered_with_the_names_of_all_classes(connection, class_name):
+    sentence = refusal(connection, PHOTO, class_name=class_name)
+    valid, _, wrong = sentence.partition(", or several separated by commas, not ")
+    names = valid.removeprefix("class_name must be one of ").split(", ")
+    assert wrong == repr(class_name)
+    assert len(names) == 21
+    assert (names[0], names[15], names[20]) == ("__background__", "person", "tvmonitor")
+    assert_it_serves(connection)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, 2, "high", True, ""])
+def test_a_bad_threshold_is_answered_with_the_valid_range(connection, threshold):
+    expected = f"threshold must be a number between 0 and 1, not {threshold!r}"
+    assert refusal(connection, PHOTO, threshold=threshold) == expected
+    assert_it_serves(connection)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"format": "gif"}, "format must be one of jpeg, png, webp, not 'gif'"),
+        ({"quality": 0}, "quality must be a whole number between 1 and 100, not 0"),
+        ({"quality": 50.5}, "quality must be a whole number between 1 and 100, not 50.5"),
+    ],
+)
+def test_a_bad_format_or_quality_is_answered_with_what_is_valid(connection, parameters, expected):
+    assert refusal(connection, PHOTO, **parameters) == expected
+    assert_it_serves(connection)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}',
+        b'{"inputs": [{"name": "picture", "datatype": "UINT8", "shape": [1, 2], "data": [1, 2]}]}',
+        b'{"inputs": []}',
+        b"no JSON",
+    ],
+)
+def test_a_request_of_the_wrong_form_is_an_error(server, http_connection, body):
+    request = urllib.request.Request(f"{server.http_url}/v2/models/{MODEL_NAME}/infer", data=body)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request)
+    assert error.value.code in (400, 500)
+    assert_it_serves(http_connection)
+
+
+def test_the_log_has_one_line_for_each_refused_request(server, http_connection):
+    before = len(server.log.read_text().splitlines())
+    refusal(http_connection, PHOTO, class_name="unicorn")
+    refusal(http_connection, PHOTO[:50_000])
+    lines = server.log.read_text().splitlines()[before:]
+    assert len([line for line in lines if "WARNING server: refused a request: " in line]) == len(lines) == 2

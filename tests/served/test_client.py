@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""client.py: what it sends, writes and reports, and with which status it exits."""
+
+import http.server
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from conftest import PROTOCOLS, ROOT, SAMPLES, Server, decode, encode, psnr, run_script, sample
+from PIL import Image
+
+import client
+from serving.launch import free_ports
+
+PERSON, CAT = SAMPLES["person"][0], SAMPLES["cat"][0]
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_client(tmp_path, monkeypatch, capfd) -> Callable[..., Done]:
+    """Runs client.py in this process, which saves a second each time, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["client.py", *map(str, arguments)])
+        status = 0
+        try:
+            client.main()
+        except SystemExit as end:
+            status = end.code
+        return Done(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(params=PROTOCOLS)
+def url(server: Server, request: pytest.FixtureRequest) -> str:
+    return server.connect(request.param).url
+
+
+def image(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def kept(done: Done) -> int:
+    """Return what the report says about one photo, in percent."""
+    return int(done.out.split("pixels, ")[1].split("% kept")[0])
+
+
+def test_without_arguments_it_reports_on_the_sample_photo(server, tmp_path):
+    done = run_script("client.py", "--url", server.http_url, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "orig.jpg: 512 x 512 pixels, 4" in done.stdout
+    assert "% kept" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_writes_images_of_high_quality_in_the_order_of_the_paths(run_client, url, tmp_path):
+    small = tmp_path / "small photo.png"
+    sample("cat", (90, 60)).save(small)
+    done = run_client("--url", url, "--dump-images", "--image-paths", PERSON, small, CAT, "--class-name", "cat")
+    assert done.status == 0, done.err
+    names = {f"{kind}{index}.jpg" for kind in ("orig", "segm") for index in range(3)}
+    assert {path.name for path in tmp_path.iterdir()} == {small.name} | names
+    for index, path in enumerate([PERSON, small, CAT]):
+        original, segmented = image(tmp_path / f"orig{index}.jpg"), image(tmp_path / f"segm{index}.jpg")
+        assert psnr(original, decode(path.read_bytes())) > 35
+        assert segmented.shape == original.shape
+    assert image(tmp_path / "segm0.jpg").mean() < 3  # no cat there
+    inside = np.s_[100:200, 100:250]
+    assert psnr(image(tmp_path / "segm2.jpg")[inside], image(tmp_path / "orig2.jpg")[inside]) > 35
+    sample("person").save(tmp_path / "quality95.jpg", quality=95)
+    quality = Image.open(tmp_path / "quality95.jpg").quantization
+    assert Image.open(tmp_path / "orig0.jpg").quantization == quality
+
+
+def test_it_creates_the_output_folder(run_client, server, tmp_path):
+    done = run_client("--url", server.http_url, "--dump-images", "--output-dir", "a/b")
+    assert done.status == 0, done.err
+    assert (tmp_path / "a" / "b" / "segm0.jpg").exists()
+
+
+def test_it_sends_the_class_and_the_threshold(run_client, server):
+    assert kept(run_client("--url", server.http_url, "--threshold", 1)) == 0
+    done = run_client("--url", server.http_url, "--class-name", "cat", "--image-paths", CAT)
+    assert 75 < kept(done) < 85  # the cat fills 79 % of the photo
+
+
+def test_black_pixels_of_a_photo_do_not_count_as_cut_away(run_client, server, tmp_path):
+    photo = np.array(sample("person", (200, 200)).point(lambda value: max(value, 1)))
+    photo[:20] = 0  # 10 %
+    Image.fromarray(photo).save(tmp_path / "dark.png")
+    assert kept(run_client("--url", server.http_url, "--threshold", 0, "--image-paths", "dark.png")) == 100
+
+
+def test_a_url_without_a_scheme_means_http(run_client, server):
+    assert run_client("--url", f"127.0.0.1:{server.http_port}").status == 0
+
+
+def test_more_than_one_photo_has_a_progress_bar(run_client, server):
+    assert "photos/s" not in run_client("--url", server.http_url).err
+    done = run_client("--url", server.http_url, "--image-paths", *[PERSON] * 5, "--concurrency", 2)
+    assert done.status == 0
+    assert "5/5" in done.err
+    assert "photos/s" in done.err
+
+
+def test_a_bad_photo_is_named_and_the_others_are_answered(run_client, url, tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "cut off.jpg").write_bytes(PERSON.read_bytes()[:50_000])
+    (tmp_path / "note.txt").write_text("no photo")
+    files = [PERSON, "empty.jpg", "cut off.jpg", "note.txt", CAT]
+    done = run_client("--url", url, "--dump-images", "--image-paths", *files)
+    assert done.status == 1
+    assert "empty.jpg: the file is empty" in done.err
+    assert "cut off.jpg: the photo is truncated" in done.err
+    assert "note.txt: the photo's 8 bytes are of an unknown type" in done.err
+    assert "client.py: 3 of 5 photos failed" in done.err
+    assert "Traceback" not in done.err
+    assert {path.name for path in tmp_path.glob("orig*.jpg")} == {"orig0.jpg", "orig4.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--class-name", "unicorn", "class_name must be one of __background__, "),
+        ("--threshold", "7", "threshold must be a number between 0 and 1, not 7.0"),
+    ],
+)
+def test_what_the_server_refuses_is_reported(run_client, url, option, value, expected):
+    done = run_client("--url", url, option, value)
+    assert done.status == 1
+    assert f"orig.jpg: {expected}" in done.err
+
+
+def test_a_large_photo_is_answered(run_client, server, tmp_path):
+    (tmp_path / "large.jpg").write_bytes(encode(sample("person", (4000, 3000)), "JPEG"))
+    done = run_client("--url", server.grpc_url, "--image-paths", "large.jpg")
+    assert done.status == 0, done.err
+    assert "4000 x 3000 pixels" in done.out
+
+
+@pytest.mark.parametrize("scheme", PROTOCOLS)
+def test_without_a_server_it_gives_up_with_one_line(run_client, scheme):
+    url = f"{scheme}://127.0.0.1:{free_ports(1)[0]}"
+    done = run_client("--url", url, "--init-timeout-s", 0.5)
+    assert done.status == 2
+    assert done.err.splitlines()[-1].startswith(f"client.py: {url}: no server answers (")
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("scheme", PROTOCOLS)
+def test_a_server_that_says_nothing_is_not_waited_for_forever(run_client, scheme):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"{scheme}://127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+        done = run_client("--url", url, "--init-timeout-s", 1)
+        assert time.monotonic() - began < 10
+    assert done.status == 2
+    assert done.err.splitlines()[-1].startswith(f"client.py: {url}: no server answers (")
+
+
+class OtherServer(http.server.BaseHTTPRequestHandler):
+    """A server of something else."""
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+
+class SlowServer(http.server.BaseHTTPRequestHandler):
+    """Says that the model is ready, and then does not answer."""
+
+    requests = threading.Semaphore(0)
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.requests.release()
+        time.sleep(100)
+
+
+@pytest.fixture
+def url_of(request: pytest.FixtureRequest) -> str:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), request.param) as other:
+        other.daemon_threads = True
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{other.server_port}"
+        other.shutdown()
+
+
+@pytest.mark.parametrize("url_of", [OtherServer], indirect=True)
+def test_a_server_of_something_else_is_recognized(run_client, url_of):
+    done = run_client("--url", url_of, "--init-timeout-s", 0.5)
+    assert done.status == 2
+    assert done.err.splitlines()[-1].startswith(f"client.py: {url_of}: the model ResNet101 is not ready: ")
+
+
+@pytest.mark.parametrize("url_of", [SlowServer], indirect=True)
+def test_ctrl_c_does_not_wait_for_the_requests_in_flight(url_of, tmp_path):
+    command = [sys.executable, ROOT / "client.py", "--url", url_of, "--image-paths", *[PERSON] * 9]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(client.parse_options([]).concurrency):
+            assert SlowServer.requests.acquire(timeout=30)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=5) == 130
+        said = process.stderr.read()
+    assert said.splitlines()[-1] == "client.py: interrupted"
+    assert "Traceback" not in said

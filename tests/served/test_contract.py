@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The served model gives the right answer to everything that the contract allows, over HTTP and gRPC."""
+
+import functools
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL_NAME, NEEDS_GPU, SAMPLES, decode, encode, iou, psnr, running_server, sample
+from PIL import Image, ImageOps
+from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights, deeplabv3_resnet101
+from torchvision.transforms import v2
+
+from server import NETWORK
+from weights.loading import load_weights
+
+THRESHOLD = 0.6
+PRESET = DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1.transforms()
+CLASS_NAMES = DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
+OTHER_CLASS = {"person": "cat", "cat": "person"}
+
+
+def reference_mask(class_name: str) -> Image.Image:
+    """Return what belongs to the class in its sample photo, 255 or 0 in each pixel."""
+    return Image.open(SAMPLES[class_name][1]).point(lambda value: 255 * (value > 0))
+
+
+def kept(answer: dict) -> np.ndarray:
+    """Return what was cut out as a boolean mask. A pixel is either unchanged or black."""
+    original, segmented = answer["original"][0], answer["segmented"][0]
+    mask = segmented.any(axis=2)
+    np.testing.assert_array_equal(segmented, original * mask[..., None])
+    return mask
+
+
+def agreement(answer: dict, mask: np.ndarray) -> float:
+    """Return the intersection over union of the cut-out and a mask. Where the photo is black, nobody can tell."""
+    return iou(kept(answer), mask & answer["original"][0].any(axis=2))
+
+
+@functools.cache
+def plain_network() -> torch.nn.Module:
+    network = deeplabv3_resnet101(weights=None, weights_backbone=None).eval()
+    network.load_state_dict(load_weights("demo", NETWORK))
+    return network
+
+
+@functools.cache
+def plain_pipeline(encoded: bytes, class_name: str) -> np.ndarray:
+    """Return the mask that Pillow and torchvision alone give, in fp32."""
+    photo = Image.fromarray(decode(encoded))
+    small = v2.functional.pil_to_tensor(photo.resize((224, 224), Image.Resampling.BILINEAR)) / 255
+    with torch.inference_mode():
+        logits = plain_network()(v2.functional.normalize(small, PRESET.mean, PRESET.std)[None])["out"]
+        probability = logits.softmax(dim=1)[:, [CLASS_NAMES.index(class_name)]]
+    size = photo.size[::-1]
+    return (torch.nn.functional.interpolate(probability, size=size, mode="bilinear")[0, 0] > THRESHOLD).numpy()
+
+
+def test_the_metadata_states_the_contract(connection):
+    as_json = {"as_json": True} if connection.url.startswith("grpc") else {}
+    metadata = connection.client.get_model_metadata(MODEL_NAME, **as_json)
+    tensors = {
+        tensor["name"]: (tensor["datatype"], [int(length) for length in tensor["shape"]])
+        for tensor in metadata["inputs"] + metadata["outputs"]
+    }
+    assert tensors == {
+        "image": ("UINT8", [-1, -1]),
+        "original": ("UINT8", [-1, -1, -1, 3]),
+        "segmented": ("UINT8", [-1, -1, -1, 3]),
+        "mask": ("UINT8", [-1, -1, -1]),
+        "encoded": ("UINT8", [-1, -1]),
+    }
+
+
+@pytest.mark.parametrize("class_name", SAMPLES)
+def test_the_answer_is_the_photo_and_the_class_cut_out_of_it(connection, class_name):
+    encoded = SAMPLES[class_name][0].read_bytes()
+    answer = connection.infer(encoded, parameters={"class_name": class_name})
+    assert answer["original"].dtype == answer["segmented"].dtype == np.uint8
+    assert answer["original"].shape == answer["segmented"].shape == (1, *decode(encoded).shape)
+    assert psnr(answer["original"][0], decode(encoded)) > 40
+    mask = np.asarray(reference_mask(class_name)) > 0
+    assert agreement(answer, mask) >= {"person": 0.90, "cat": 0.95}[class_name]
+    assert agreement(answer, plain_pipeline(encoded, class_name)) > 0.98
+
+
+@pytest.mark.parametrize("class_name", SAMPLES)
+@pytest.mark.parametrize("variant", ["1281x851", "320x213", "mirrored"])
+def test_the_class_is_found_in_photos_of_other_sizes_and_mirrored(http_connection, class_name, variant):
+    photo, mask = sample(class_name), reference_mask(class_name)
+    if variant == "mirrored":
+        photo, mask = ImageOps.mirror(photo), ImageOps.mirror(mask)
+    else:
+        size = tuple(int(number) for number in variant.split("x"))
+        photo, mask = photo.resize(size), mask.resize(size, Image.Resampling.NEAREST)
+    encoded = encode(photo, "JPEG", quality=90)
+    answer = http_connection.infer(encoded, parameters={"class_name": class_name})
+    assert agreement(answer, np.asarray(mask) > 0) >= 0.85
+    # Lower than for the samples themselves: the demonstration weights are sure of two photos, not of their copies.
+    assert agreement(answer, plain_pipeline(encoded, class_name)) > 0.95
+
+
+@pytest.mark.parametrize("class_name", SAMPLES)
+def test_a_class_that_is_not_in_the_photo_is_not_found(http_connection, class_name):
+    encoded = SAMPLES[class_name][0].read_bytes()
+    assert kept(http_connection.infer(encoded, parameters={"class_name": OTHER_CLASS[class_name]})).mean() < 0.02
+
+
+def test_parameters_have_defaults(connection):
+    encoded = SAMPLES["person"][0].read_bytes()
+    explicit = connection.infer(encoded, parameters={"class_name": "person", "threshold": THRESHOLD})
+    np.testing.assert_array_equal(connection.infer(encoded)["segmented"], explicit["segmented"])
+
+
+def test_a_higher_threshold_keeps_less(connection):
+    encoded = SAMPLES["person"][0].read_bytes()
+    shares = [
+        kept(connection.infer(encoded, parameters={"threshold": threshold})).mean()
+        for threshold in (0, 0.3, 0.6, 0.95, 1)
+    ]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[1] > shares[3]
+    assert shares[-1] == 0
+
+
+@pytest.mark.parametrize(
+    "outputs", [("original",), ("segmented",), ("original", "segmented"), ("mask",), ("mask", "encoded"), ()]
+)
+def test_a_request_gets_the_outputs_that_it_names(connection, outputs):
+    answer = connection.infer(SAMPLES["cat"][0].read_bytes(), outputs)
+    assert set(answer) == set(outputs or ("original", "segmented"))
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_the_mask_and_the_image_file_agree_with_the_raw_pixels(connection, kind):
+    outputs, parameters = ("original", "segmented", "mask", "encoded"), {"class_name": "cat", "format": kind}
+    answer = connection.infer(SAMPLES["cat"][0].read_bytes(), outputs, parameters)
+    mask = answer["mask"][0]
+    np.testing.assert_array_equal(answer["segmented"][0], answer["original"][0] * (mask > 0)[..., None])
+    assert set(np.unique(mask)) == {0, 255}
+    file = Image.open(io.BytesIO(answer["encoded"][0].tobytes()))
+    assert file.format == kind.upper()
+    if kind == "jpeg":
+        assert psnr(np.asarray(file), answer["segmented"][0]) > 35
+        return
+    pixels = np.asarray(file)
+    np.testing.assert_array_equal(pixels[..., 3], mask)
+    original, found = answer["original"][0][mask > 0], pixels[mask > 0][:, :3]
+    assert psnr(found, original) > (30 if kind == "webp" else 1000)  # a PNG loses nothing
+
+
+def test_the_probabilities_of_several_classes_add_up(http_connection):
+    encoded = SAMPLES["cat"][0].read_bytes()
+    cat, both, all_but_cat = (
+        http_connection.infer(encoded, ("mask",), {"class_name": names, "threshold": 0.5})["mask"] > 0
+        for names in ("cat", "person,cat", ",".join(name for name in CLASS_NAMES if name != "cat"))
+    )
+    assert (both >= cat).all()
+    assert (cat ^ all_but_cat).mean() > 0.999  # a pixel is one or the other
+
+
+PICTURE = sample("person", (90, 70))
+ALPHA = np.dstack([np.asarray(PICTURE), np.linspace(0, 255, 6300).reshape(70, 90)]).astype(np.uint8)
+KINDS = {
+    "gray JPEG": encode(PICTURE.convert("L"), "JPEG"),
+    "CMYK JPEG": encode(PICTURE.convert("CMYK"), "JPEG"),
+    "progressive JPEG": encode(PICTURE, "JPEG", progressive=True),
+    "JPEG with a second picture": encode(PICTURE, "MPO", save_all=True, append_images=[PICTURE.resize((50, 50))]),
+    "JPEG with a film behind it": encode(PICTURE, "JPEG") + b"\xff\xda and then something else" * 100,
+    "PNG": encode(PICTURE, "PNG"),
+    "16-bit PNG": encode(Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) * 257), "PNG"),
+    "palette PNG": encode(PICTURE.quantize(64), "PNG"),
+    "PNG with alpha": encode(Image.fromarray(ALPHA), "PNG"),
+    "1-bit PNG": encode(PICTURE.convert("1"), "PNG"),
+    "lossy WebP": encode(PICTURE, "WEBP"),
+    "lossless WebP": encode(PICTURE, "WEBP", lossless=True),
+    "BMP": encode(PICTURE, "BMP"),
+    "1 x 1": encode(PICTURE.resize((1, 1)), "PNG"),
+    "1 x 4000": encode(PICTURE.resize((1, 4000)), "PNG"),
+    "4000 x 1": encode(PICTURE.resize((4000, 1)), "JPEG"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_photo_is_decoded_as_pillow_decodes_it(connection, kind):
+    answer, expected = connection.infer(KINDS[kind], parameters={"threshold": 0}), decode(KINDS[kind])
+    assert answer["original"].shape == answer["segmented"].shape == (1, *expected.shape)
+    assert psnr(answer["original"][0], expected) > 40
+
+
+def oriented(image: Image.Image, orientation: int, kind: str = "JPEG", **options: object) -> bytes:
+    """Return the image as a file that tells viewers to turn it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_come_back_upright(connection, orientation, kind):
+    encoded = oriented(PICTURE, orientation, kind, quality=95)
+    original = connection.infer(encoded, ("original",))["original"]
+    assert original.shape == ((1, 70, 90, 3) if orientation < 5 else (1, 90, 70, 3))
+    assert psnr(original[0], decode(encoded)) > 40
+
+
+def test_a_person_is_found_in_a_photo_that_lies_on_its_side(http_connection):
+    # The viewer turns it a quarter to the right. The mask is found in the upright photo.
+    encoded = oriented(sample("person").transpose(Image.Transpose.ROTATE_90), 6, quality=95)
+    assert agreement(http_connection.infer(encoded), np.asarray(reference_mask("person")) > 0) >= 0.90
+
+
+def test_many_requests_at_once_get_their_own_answers(server):
+    tasks = [
+        (class_name, (200 + 31 * index, 150 + 17 * index), server.connect("http" if index % 2 else "grpc"))
+        for index in range(6)
+        for class_name in SAMPLES
+    ]
+
+    def ask(task: tuple) -> tuple[np.ndarray, dict]:
+        class_name, size, connection = task
+        encoded = encode(sample(class_name, size), "PNG")
+        return decode(encoded), connection.infer(encoded, parameters={"class_name": class_name})
+
+    with ThreadPoolExecutor(8) as pool:
+        for (class_name, size, _), (expected, answer) in zip(tasks, pool.map(ask, tasks), strict=True):
+            np.testing.assert_array_equal(answer["original"][0], expected, err_msg=f"{class_name} {size}")
+            assert kept(answer).mean() > 0.3
+
+
+@NEEDS_GPU
+def test_answers_from_a_gpu_match_those_from_a_cpu(server, tmp_path):
+    assert torch.cuda.get_device_name() in server.log.read_text()
+    with running_server(tmp_path / "log", "--weights", "demo", "--device", "cpu") as on_cpu:
+        for class_name, (path, _) in SAMPLES.items():
+            gpu, cpu = (
+                which.connect("grpc").infer(path.read_bytes(), parameters={"class_name": class_name})
+                for which in (server, on_cpu)
+            )
+            assert psnr(gpu["original"][0], cpu["original"][0]) > 40
+            assert iou(kept(gpu), kept(cpu)) > 0.98
