@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -161,7 +162,7 @@ def statuses(port: int, data: bytes) -> list[int]:
     with connected(port) as connection:
         send(connection, data)
         received = receive(connection)
-    return [int(line.split()[1]) for line in received.splitlines() if line.startswith(b"HTTP/1.1 ")]
+    return [int(number) for number in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]
 
 
 def status(port: int, method: str, path: str, *headers: str, body: bytes = b"") -> int:
