@@ -516,8 +516,8 @@ def test_fifty_megabytes_of_chunks_do_not_end_a_server_without_the_proxy(tmp_pat
         chunks = b"1\r\nx\r\n" * (50 * MEGABYTE // 6) + b"0\r\n\r\n"
         with connected(server.http_port) as connection:
             connection.settimeout(150)
-            send(connection, request_head("POST", INFER, RAW, "Transfer-Encoding: chunked") + chunks)
-            assert receive(connection).startswith(b"HTTP/1.1 500 ")  # no photo
+            send(connection, request_head("POST", INFER, "Transfer-Encoding: chunked") + chunks)
+            assert receive(connection).startswith(b"HTTP/1.1 500 ")  # neither JSON nor a photo
         assert (server.connect("http").infer(PHOTO)["inverted"][0] == 255 - decode(PHOTO)).all()
 
 
