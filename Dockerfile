@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-FROM python:3.11-slim-bookworm
+# To renew the base image, choose the newest 3.11 of its tags. To pin its contents as well, append @ and the digest that
+# this prints: docker buildx imagetools inspect python:3.11.15-slim-bookworm
+FROM python:3.11.15-slim-bookworm
 
 # video: without it, the GPU's hardware JPEG decoder stays off.
 ENV NVIDIA_VISIBLE_DEVICES=all \
@@ -12,7 +14,7 @@ WORKDIR /app
 
 # The packages first, so that a change of the code does not install them again. The wheels include CUDA.
 COPY requirements.txt ./
-RUN pip install --no-cache-dir -r requirements.txt
+RUN pip install --no-cache-dir --require-hashes -r requirements.txt
 
 COPY *.py ./
 COPY serving serving

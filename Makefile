@@ -7,7 +7,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 BIN := .venv/bin
 
-.PHONY: run serve test test-long test-all docker-test benchmark lint
+.PHONY: run serve test test-long test-all docker-test benchmark lint lock
 
 run: .venv/run
 	@echo "Starting the server, which takes about 15 seconds. The first start may download 233 MB of weights."
@@ -25,7 +25,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest
 
 test-long: .venv/dev
-	@echo "Running the long tests: fuzzing, a soak, memory growth, the proxy. This takes about 10 minutes on two cores."
+	@echo "Running the long tests: fuzzing, a soak, memory growth, the proxy, attacks. This takes about 15 minutes on two cores."
 	$(BIN)/python -m pytest tests/long
 
 # Everything: what to run on a machine with a GPU.
@@ -43,6 +43,11 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Pin everything that the two short lists need, with hashes.
+lock: .venv/dev
+	for list in requirements requirements-dev; do $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+	    --upgrade --generate-hashes --custom-compile-command "make lock" $$list.in -o $$list.txt; done
+
 # Of what pip prints, the lines about packages of 100 MB and more.
 LARGE_PACKAGES := 's/^ *(Downloading|Using cached) ([^ ]+) (\([0-9]{3,}.*)/    \1 \2 \3/p; s/^Installing .*/    Unpacking/p'
 
@@ -52,10 +57,10 @@ LARGE_PACKAGES := 's/^ *(Downloading|Using cached) ([^ ]+) (\([0-9]{3,}.*)/    \
 	    f"$(PYTHON) is Python {sys.version.split()[0]}, but 3.11 or 3.12 is required: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	@echo "Installing the packages into .venv: about 8 GB, which takes 2 to 5 minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --disable-pip-version-check --progress-bar off -r requirements.txt | sed -unE $(LARGE_PACKAGES)
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar off --require-hashes -r requirements.txt | sed -unE $(LARGE_PACKAGES)
 	@touch $@
 
 .venv/dev: requirements-dev.txt .venv/run
 	@echo "Installing what the tests need on top."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	@touch $@

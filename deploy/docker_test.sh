@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds the image and runs it in both ways that the README shows: make docker-test. Set IMAGE to test an image that exists
-# already, and HOST to the machine that DOCKER_HOST names.
+# already, and HOST to the IP address of the machine that DOCKER_HOST names.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 host=${HOST:-127.0.0.1}
-options=(--rm -d --shm-size 10gb -p 8000:8000 -p 8001:8001 -p 8002:8002)
+options=(--rm -d --shm-size 10gb -p "$host:8000-8002:8000-8002")
 if docker info --format '{{.Runtimes}}' | grep -q nvidia; then
     options+=(--gpus all)
 else

@@ -99,6 +99,7 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         help="IPv4 address or host name to listen on, 0.0.0.0 for all (default: 127.0.0.1)",
         default=argparse.SUPPRESS,
     )
+    add("--behind-proxy", action="store_true", help="do not warn that --address exposes Triton; see docs/security.md")
     for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         add(
             f"--{name}-port",

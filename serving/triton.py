@@ -5,9 +5,11 @@ import argparse
 import contextlib
 import ctypes
 import io
+import ipaddress
 import logging
 import os
 import re
+import resource
 import socket
 import sys
 import sysconfig
@@ -42,6 +44,10 @@ INSTANCES_ONE_BY_ONE = {"TRITON_PARALLEL_INSTANCE_LOADING": "0"}
 # Part of an option of Triton's, in which other characters have a meaning.
 TOKEN = re.compile(r"[\w-]{16,}", re.ASCII)
 
+# Triton keeps 16 bytes per chunk of a request on the stack of a thread, and some more per bracket of its JSON. With the
+# usual 8 MB, a few megabytes from a client end it. A thread's stack takes memory only as far as it is used.
+STACK_BYTES = 1 << 30
+
 PROTOCOLS = ("http", "grpc", "metrics")
 LOGGER = logging.getLogger("server")
 
@@ -52,6 +58,7 @@ class Triton:
     def __init__(self, options: argparse.Namespace, lifecycle: Lifecycle):
         """Check addresses and ports. Raises UsageError if Triton could not listen on them."""
         self._verbose = options.verbose
+        self._behind_proxy = options.behind_proxy
         self._lifecycle = lifecycle
         self._config = _configure(options)
         self._security = _secure(options)
@@ -77,6 +84,8 @@ class Triton:
             self._start(triton)
             helpers = _helper_processes()
             threading.Thread(target=self._fail_without_helpers, args=(triton, helpers), daemon=True).start()
+            if not self._behind_proxy and not all(_is_loopback(address) for _, address, _ in _listening(self._config)):
+                LOGGER.warning("EXPOSED: whoever can reach this server can crash it: see docs/security.md for a proxy")
             LOGGER.info("ready: model %s at %s", self._model["model_name"], _urls(self._config))
             triton.serve(monitoring_period_s=1)
             self._lifecycle.finish()
@@ -89,12 +98,16 @@ class Triton:
             self._clean_up(triton, helpers)
 
     def _start(self, triton: pytriton.triton.Triton) -> None:
+        started = threading.Event()
+        threading.Thread(target=_hide_segments, args=(started,), daemon=True).start()
         try:
             triton.run()
         except Exception as error:
             # An exception in one of Triton's stub processes has a traceback around the line that counts.
             lines = str(error).split("\nAt:\n")[0].strip().splitlines() or [type(error).__name__]
             raise ServerError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
+        finally:
+            started.set()
 
     def _fail_without_helpers(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process]) -> None:
         # Triton would start another helper, which does not find the memory of the first.
@@ -123,7 +136,7 @@ class Triton:
                 # The stub processes first: some of the others clean up after them.
                 _kill([helper for helper in helpers if _is_named(helper, "triton_python")])
                 _kill(psutil.wait_procs(helpers, timeout=1)[1])
-                for segment in Path("/dev/shm").glob(f"pytrtion{os.getpid()}-*"):  # PyTriton's spelling
+                for segment in _segments():
                     segment.unlink(missing_ok=True)
 
 
@@ -136,6 +149,9 @@ def _configure(options: argparse.Namespace) -> TritonConfig:
         **{f"{protocol}_address": "127.0.0.1" for protocol in PROTOCOLS},
         # Without a GPU, Triton would print that it cannot measure one.
         "allow_gpu_metrics": Path("/dev/nvidiactl").exists(),
+        # Triton would listen on a further port if the environment has AIP_MODE=PREDICTION.
+        "allow_vertex_ai": False,
+        "allow_sagemaker": False,
         "exit_timeout_secs": EXIT_TIMEOUT_S,
         # Triton logs a page for each refused request, and PyTriton keeps all of it in memory.
         "log_file": None if options.verbose else os.devnull,
@@ -168,6 +184,10 @@ def _listening(config: TritonConfig) -> Iterator[tuple[str, str, int]]:
     for protocol in PROTOCOLS:
         if getattr(config, f"allow_{protocol}") in (True, None):
             yield protocol, getattr(config, f"{protocol}_address"), getattr(config, f"{protocol}_port")
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(socket.gethostbyname(address)).is_loopback
 
 
 def _check_ports(config: TritonConfig) -> None:
@@ -211,8 +231,27 @@ def prepare_environment() -> None:
     os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, [*found, os.environ.get("LD_LIBRARY_PATH")]))
     for name, value in (MALLOC_ENVIRONMENT | INSTANCES_ONE_BY_ONE).items():
         os.environ.setdefault(name, value)
+    # Not without a limit: then glibc gives threads 2 MB.
+    _, highest = resource.getrlimit(resource.RLIMIT_STACK)
+    stack_bytes = STACK_BYTES if highest == resource.RLIM_INFINITY else min(STACK_BYTES, highest)
+    resource.setrlimit(resource.RLIMIT_STACK, (stack_bytes, highest))
     # An instance waits for the interpreter lock several times per request, by default up to 5 ms each time.
     sys.setswitchinterval(0.0005)
+
+
+def _segments() -> Iterable[Path]:
+    """Return Triton's segments of shared memory, through which photos pass."""
+    return Path("/dev/shm").glob(f"pytrtion{os.getpid()}-*")  # PyTriton's spelling
+
+
+def _hide_segments(started: threading.Event) -> None:
+    """Until Triton has started, watch for its segments. It creates them readable for all users of the machine."""
+    done = False
+    while not done:
+        done = started.wait(0.01)
+        for segment in _segments():
+            with contextlib.suppress(FileNotFoundError):
+                segment.chmod(0o600)
 
 
 def _tritonservers() -> list[psutil.Process]:

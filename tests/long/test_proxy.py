@@ -1,101 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two servers behind haproxy with deploy/haproxy.cfg: one of them is replaced, and no photo is lost."""
+"""Two servers behind the proxy: one of them is stopped, and no photo is lost."""
 
-import csv
-import shutil
-import socket
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import PHOTO, ROOT, Server, running_server, wait_for
+from conftest import PHOTO, PROTOCOLS, Server, running_together, start_toy, wait_for
+from front_door import NEEDS_NGINX, Proxy
 
-from client import Connection
-from serving.launch import free_ports
-
-
-def adapt(configuration: str, replacements: dict[str, str]) -> str:
-    """Return the configuration with addresses that are free here. Each has to be there once."""
-    for there, here in replacements.items():
-        assert configuration.count(there) == 1
-        configuration = configuration.replace(there, here)
-    return configuration
+pytestmark = NEEDS_NGINX
 
 
 @pytest.fixture
-def behind_haproxy(tmp_path: Path) -> Iterator[tuple[Server, Server, dict[str, str], Callable[[str], str]]]:
-    """Two servers, the URLs of a proxy in front of them, and a way to give the proxy a command."""
-    if not shutil.which("haproxy"):
-        pytest.skip("needs haproxy")
-    http_port, grpc_port, _ = free_ports()
-    options = ("--weights", "demo", "--device", "cpu")
-    with Server(tmp_path / "a.log", *options) as a, running_server(tmp_path / "b.log", *options) as b:
-        a.wait_until_ready()
-        configuration = adapt(
-            # Its comments show commands with the same path.
-            "\n".join(line for line in (ROOT / "deploy/haproxy.cfg").read_text().splitlines() if line[:1] != "#"),
-            {
-                "/run/haproxy.sock": f"{tmp_path}/admin",
-                "bind :8000": f"bind 127.0.0.1:{http_port}",
-                "bind :8001": f"bind 127.0.0.1:{grpc_port}",
-                "10.0.0.1:8000": f"127.0.0.1:{a.http_port}",
-                "10.0.0.2:8000": f"127.0.0.1:{b.http_port}",
-                "10.0.0.1:8001": f"127.0.0.1:{a.grpc_port}",
-                "10.0.0.2:8001": f"127.0.0.1:{b.grpc_port}",
-            },
-        )
-        (tmp_path / "haproxy.cfg").write_text(f"{configuration}\n")
-        proxy = subprocess.Popen(["haproxy", "-f", tmp_path / "haproxy.cfg"])
-
-        def tell(command: str) -> str:
-            with socket.socket(socket.AF_UNIX) as admin:
-                admin.connect(f"{tmp_path}/admin")
-                admin.sendall(command.encode() + b"\n")
-                return admin.makefile().read()
-
-        def is_up() -> bool:
-            assert proxy.poll() is None
-            return (tmp_path / "admin").exists() and " UP " in tell("show stat").replace(",", " ")
-
-        try:
-            wait_for(is_up)
-            urls = {"http": f"http://127.0.0.1:{http_port}", "grpc": f"grpc://127.0.0.1:{grpc_port}"}
-            yield a, b, urls, tell
-        finally:
-            proxy.terminate()
-            proxy.wait()
+def servers(tmp_path: Path) -> Iterator[tuple[Server, Server]]:
+    options = ("--instances", 4, "--max-queue", 512)
+    with running_together({name: start_toy(tmp_path / name, *options) for name in "ab"}) as servers:
+        yield tuple(servers.values())
 
 
-def test_no_photo_is_lost_while_one_of_two_servers_is_stopped(behind_haproxy):
-    a, b, urls, tell = behind_haproxy
-    stopped = threading.Event()
+class Clients:
+    """Clients that send photos over kept connections until they are told to stop."""
 
-    def ask(protocol: str) -> list[tuple[int, ...]]:
-        connection, shapes = Connection(urls[protocol]), []
-        while not stopped.is_set() or len(shapes) < 5:
-            shapes.append(connection.infer(PHOTO, ("segmented",))["segmented"].shape)  # raises if a photo is lost
+    def __init__(self, proxy: Proxy, pool: ThreadPoolExecutor):
+        self._proxy = proxy
+        self._stopped = threading.Event()
+        self.clients = [pool.submit(self._ask, protocol) for protocol in PROTOCOLS * 2]
+
+    def _ask(self, protocol: str) -> list[tuple[int, ...]]:
+        connection, shapes = self._proxy.connect(protocol), []
+        while not self._stopped.is_set():
+            shapes.append(connection.infer(PHOTO)["inverted"].shape)  # raises if a photo is lost
         return shapes
 
-    def in_flight() -> int:
-        rows = csv.DictReader(tell("show stat").removeprefix("# ").splitlines())
-        return sum(int(row["scur"]) for row in rows if row["svname"] == "a")
+    def wait_for_answers_of(self, *servers: Server) -> None:
+        """Return when each of the servers has answered some more photos."""
+        before = [server.metric("request_success") for server in servers]
 
-    with ThreadPoolExecutor(4) as pool:
-        clients = [pool.submit(ask, protocol) for protocol in ("http", "grpc") * 2]
+        def all_have_answered() -> bool:
+            assert not any(client.done() for client in self.clients)
+            return all(
+                server.metric("request_success") >= count + 10 for server, count in zip(servers, before, strict=True)
+            )
 
-        def both_have_answered() -> bool:  # over connections that are kept open, too
-            assert not any(client.done() for client in clients)
-            return min(a.metric("request_success"), b.metric("request_success")) >= 2
+        wait_for(all_have_answered, timeout_s=60)
 
-        try:
-            wait_for(both_have_answered, timeout_s=60)
-            assert tell("set server http/a state drain").strip() == ""
-            wait_for(lambda: not in_flight(), timeout_s=60)
-            assert a.stop() == 0
-        finally:
-            stopped.set()
-        for client in clients:
+    def stop(self) -> None:
+        """Check that all photos were answered."""
+        self._stopped.set()
+        for client in self.clients:
             assert set(client.result()) == {(1, 512, 512, 3)}
+
+
+def test_no_photo_is_lost_while_one_of_two_servers_is_stopped(servers):
+    a, b = servers
+    with Proxy(servers) as proxy, ThreadPoolExecutor(4) as pool:
+        clients = Clients(proxy, pool)
+        try:
+            clients.wait_for_answers_of(a, b)
+            proxy.drain(a)
+            answered = a.metric("request_success")
+            clients.wait_for_answers_of(b)
+            assert a.metric("request_success") == answered
+            assert a.stop() == 0
+            clients.wait_for_answers_of(b)
+        finally:
+            clients.stop()
+
+
+def test_a_server_that_cannot_be_reached_costs_no_photo(servers):
+    a, b = servers
+    assert a.stop() == 0
+    with Proxy(servers) as proxy, ThreadPoolExecutor(4) as pool:
+        clients = Clients(proxy, pool)
+        try:
+            clients.wait_for_answers_of(b)
+        finally:
+            clients.stop()
+
+
+def test_requests_are_spread_and_not_connections(servers):
+    with Proxy(servers) as proxy, ThreadPoolExecutor(8) as pool:
+        connection = proxy.connect("grpc")
+        connection.infer(PHOTO)
+        before = [server.metric("request_success") for server in servers]
+        began = time.monotonic()
+        # One connection, as grpcio keeps it for a client. Requests that take their time, so that they overlap.
+        image = connection.image_input(PHOTO)
+        calls = [pool.submit(connection.client.infer, "Toy", [image], parameters={"sleep_s": 0.5}) for _ in range(8)]
+        for call in calls:
+            call.result()
+        counts = [server.metric("request_success") - count for server, count in zip(servers, before, strict=True)]
+        assert counts == [4, 4]
+        assert time.monotonic() - began < 8 * 0.5
+
+
+def test_without_a_server_clients_are_told(servers):
+    for server in servers:
+        server.process.kill()
+        server.process.wait()
+        wait_for(lambda server=server: not any(p.name() == "tritonserver" for p in server.family()))
+    with Proxy(servers) as proxy:
+        for protocol in PROTOCOLS:
+            with pytest.raises(Exception, match="no server can be reached: send the photo again later"):
+                proxy.connect(protocol).infer(PHOTO)
