@@ -8,11 +8,11 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \
     PYTHONUNBUFFERED=1
 
-# The server has no privileges, whoever runs the container. To keep torch's download cache, mount a volume on it.
+# Run the server as an unprivileged user. To keep torch's download cache, mount a volume on it.
 RUN useradd --create-home --uid 1000 app && install -d -o app /app /home/app/.cache /home/app/.cache/torch
 WORKDIR /app
 
-# The packages first, so that a change of the code does not install them again. The wheels include CUDA.
+# Install the packages first, so that code changes do not reinstall them. The wheels include CUDA.
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --require-hashes -r requirements.txt
 
@@ -22,7 +22,7 @@ COPY weights weights
 COPY images images
 USER 1000
 
-# docker build --build-arg WEIGHTS=pretrained puts the pretrained weights into the image, for machines without a network.
+# docker build --build-arg WEIGHTS=pretrained puts the pretrained weights into the image, for machines without internet access.
 ARG WEIGHTS=
 RUN if [ -n "$WEIGHTS" ]; then \
     python -c "import server, weights.loading; weights.loading.load_weights('$WEIGHTS', server.NETWORK)"; fi

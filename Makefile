@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make run: serve, segment the sample photo, say where the pictures are.   make test: prove that it works.
+# make run: serve, segment the sample photo, print where the pictures are.   make test: run the tests.
 
 PYTHON ?= python3
 OUTPUT ?= output
@@ -21,8 +21,8 @@ serve: .venv/run
 	$(BIN)/python server.py
 
 test: .venv/dev
-	@echo "Running the tests, which takes about 4 minutes on two cores. make test-long runs the others."
-	$(BIN)/python -m pytest
+	@echo "Running the tests, which takes about 3 minutes on two cores. make test-long runs the others."
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-long: .venv/dev
 	@echo "Running the long tests: fuzzing, a soak, memory growth, the proxy, attacks. This takes about 15 minutes on two cores."
@@ -48,7 +48,7 @@ lock: .venv/dev
 	for list in requirements requirements-dev; do $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 	    --upgrade --generate-hashes --custom-compile-command "make lock" $$list.in -o $$list.txt; done
 
-# Of what pip prints, the lines about packages of 100 MB and more.
+# Show only the lines of pip about packages of 100 MB or more.
 LARGE_PACKAGES := 's/^ *(Downloading|Using cached) ([^ ]+) (\([0-9]{3,}.*)/    \1 \2 \3/p; s/^Installing .*/    Unpacking/p'
 
 # Created once, and updated when the requirements change.
@@ -61,6 +61,6 @@ LARGE_PACKAGES := 's/^ *(Downloading|Using cached) ([^ ]+) (\([0-9]{3,}.*)/    \
 	@touch $@
 
 .venv/dev: requirements-dev.txt .venv/run
-	@echo "Installing what the tests need on top."
+	@echo "Installing the packages for the tests."
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	@touch $@

@@ -37,6 +37,8 @@ REQUEST_TIMEOUT_S = 300.0  # enough for a long queue at a server without a GPU
 
 LOGGER = logging.getLogger("client")
 
+Image.MAX_IMAGE_PIXELS = None  # the server decides how large a photo may be
+
 
 class ClientError(Exception):
     """Nothing can be sent. The message is one line for the user."""
@@ -76,10 +78,10 @@ class Connection:
                     return
                 state = f"the model {self.model_name} is not ready"
             except Exception as error:  # refused, unknown host, not HTTP: each library has its own exceptions
-                state = f"no server answers ({explain(error)})"
+                state = f"cannot reach the server ({explain(error)})"
             if time.monotonic() > deadline:
                 raise ClientError(
-                    f"{self.url}: {state}: start one with `python server.py`, or set --url or --init-timeout-s"
+                    f"{self.url}: {state}. Start it with `python server.py`, or set --url or --init-timeout-s"
                 )
             if not announced:
                 LOGGER.info("waiting up to %g s for %s to serve %s", timeout_s, self.url, self.model_name)
@@ -100,9 +102,9 @@ class Connection:
         parameters: Mapping[str, object] | None = None,
         timeout_us: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """Return the outputs that are named, or all, with a batch dimension of 1. Raises InferenceError.
+        """Return the outputs that are named, or the server's default ones, with a batch dimension of 1.
 
-        ``encoded`` are the bytes of a photo. A server that has not begun after ``timeout_us`` does not begin at all.
+        ``encoded`` are the bytes of a photo. If the server has not started after ``timeout_us``, it never does.
         """
         options = {"client_timeout": REQUEST_TIMEOUT_S} if self._triton is tritonclient.grpc else {}
         if outputs:
@@ -166,10 +168,10 @@ def segment_file(connection: Connection, path: Path, targets: Mapping[str, Path]
     if not encoded:
         raise InferenceError("the file is empty")
     if options.format == "raw":
-        outputs, parameters = ["original", "segmented", "mask"], options.parameters
+        outputs, parameters = ["original", "segmented"], options.parameters
     else:
-        outputs, parameters = ["encoded"] + ["mask"] * options.mask, options.parameters | {"format": options.format}
-    answer = connection.infer(encoded, outputs, parameters)
+        outputs, parameters = ["encoded"], options.parameters | {"format": options.format}
+    answer = connection.infer(encoded, outputs + ["mask"] * options.mask, parameters)
     answer = {name: array[0] for name, array in answer.items()}
     took = time.monotonic() - began
     contents = {
@@ -191,6 +193,10 @@ def describe(answer: Mapping[str, np.ndarray]) -> str:
     facts = [f"{width} x {height} pixels"]
     if "mask" in answer:
         facts.append(f"{(answer['mask'] > 0).mean():.0%} kept")
+    elif "original" in answer:
+        # Where the photo itself is black, nobody can tell whether it was kept.
+        kept = answer["segmented"].any(axis=2).sum() / max(1, answer["original"].any(axis=2).sum())
+        facts.append(f"{kept:.0%} kept")
     if "encoded" in answer:
         facts.append(f"{len(answer['encoded']) / 1000:.0f} KB")
     return ", ".join(facts)
@@ -198,7 +204,10 @@ def describe(answer: Mapping[str, np.ndarray]) -> str:
 
 def upright(encoded: bytes) -> Image.Image:
     """Return the photo in a file, with its EXIF orientation applied."""
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    if image.mode.startswith("I;16"):  # which Pillow would clip instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def jpeg_file(image: Image.Image) -> bytes:
@@ -271,11 +280,15 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--format",
         choices=FORMATS,
         default="raw",
-        help="how the server sends the cut-out; unless it is raw, segm0.png and so on are the files that it sent",
+        help="how the server sends the cut-out; jpeg, png and webp files are written unchanged",
     )
-    add("--mask", action="store_true", help="write mask0.png, ...: white where the class is")
-    add("--skip-existing", action="store_true", help="skip photos whose files exist, to resume an interrupted run")
-    add("--output-dir", type=Path, default=Path(), help="where to write them; created if missing")
+    add("--mask", action="store_true", help="write mask0.png, ...: white where the class was found")
+    add(
+        "--skip-existing",
+        action="store_true",
+        help="skip photos whose files exist, to resume a run",
+    )
+    add("--output-dir", type=Path, default=Path(), help="folder for the files; created if missing")
     add("--url", default="http://127.0.0.1:8000", help="http://host:port, grpc://host:port or host")
     add("--init-timeout-s", type=float, default=30, help="seconds to wait for the model to be ready")
     add(
@@ -312,22 +325,24 @@ def send_all(options: argparse.Namespace) -> tuple[int, int]:
             raise ClientError(f"--output-dir: cannot create {options.output_dir} ({error.strerror})") from error
     if options.skip_existing:
         missing = [job for job in jobs if not all(target.exists() for target in job[1].values())]
-        print(f"skipping {len(jobs) - len(missing)} of {len(jobs)} photos, whose files exist")
+        print(f"skipping {len(jobs) - len(missing)} of {len(jobs)} photos: their output files exist")
         jobs = missing
+        if not jobs:
+            return 0, 0
     connection = Connection(options.url, verbose=options.verbose)
     connection.wait_for_model(options.init_timeout_s)
 
     failures = []
     with ThreadPoolExecutor(options.concurrency) as pool:
-        paths = {pool.submit(segment_file, connection, *job, options): job[0] for job in jobs}
         try:
+            paths = {pool.submit(segment_file, connection, *job, options): job[0] for job in jobs}
             progress = tqdm(
                 as_completed(paths), total=len(paths), unit=" photos", bar_format=PROGRESS, disable=len(paths) < 2
             )
             for future in progress:
                 try:
                     tqdm.write(future.result())
-                except (InferenceError, OSError) as error:
+                except Exception as error:  # Pillow raises whatever the damage makes it stumble over
                     failures.append(f"{paths[future]}: {error}")
         except KeyboardInterrupt:
             print(*failures, "client.py: interrupted", sep="\n", file=sys.stderr, flush=True)

@@ -33,13 +33,13 @@ class ImageFile:
         """Raise InvalidRequest if the format has no room for so many pixels, width and height."""
         if max(size) > MAX_SIDE[self.format]:
             raise InvalidRequest(
-                f"a {self.format} file may be {MAX_SIDE[self.format]} pixels wide and high, and the photo has "
+                f"a {self.format} file can be at most {MAX_SIDE[self.format]} pixels wide and high, but the photo is "
                 f"{size[0]} x {size[1]}: set format to png, or scale the photo down"
             )
 
 
 class Encode:
-    """Encode cut-outs as image files. An object belongs to one thread."""
+    """Encode cut-outs as image files. Not thread-safe."""
 
     def __init__(self, device: torch.device):
         on_gpu = device.type == "cuda"
@@ -58,9 +58,9 @@ class Encode:
         if name not in DEFAULT_QUALITY:
             raise InvalidRequest(f"format must be one of {', '.join(DEFAULT_QUALITY)}, not {shorten(name)}")
         quality = parameters.get("quality", DEFAULT_QUALITY[name])
-        if type(quality) is not int or not 1 <= quality <= 100:
+        if type(quality) not in (int, float) or quality != int(quality) or not 1 <= quality <= 100:
             raise InvalidRequest(f"quality must be a whole number between 1 and 100, not {shorten(quality)}")
-        return ImageFile(name, quality)
+        return ImageFile(name, int(quality))
 
     def __call__(
         self, cut_outs: Sequence, masks: Sequence, files: Sequence[ImageFile | None]

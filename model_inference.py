@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network: one of torchvision's segmentation networks, made for inference.
+"""The network: one of torchvision's segmentation networks, prepared for inference.
 
 Needs neither Triton nor DALI::
 
@@ -80,8 +80,8 @@ class SegmentationNetwork:
     def capture_graphs(self, input_size: int, max_batch_size: int) -> None:
         """Capture CUDA graphs, on torch's current stream, which must not be the default one.
 
-        A graph is one launch instead of hundreds. It replays what was done with a batch of one size, for inputs of
-        ``input_size`` squared. Calls use the next larger size, and run without a graph if there is none.
+        A graph is one launch instead of hundreds. Each replays one batch size, for images of ``input_size`` squared. A
+        call uses the smallest graph that holds its batch, and runs without a graph if there is none.
         """
         sizes = {1 << exponent for exponent in range(max_batch_size.bit_length())} | {max_batch_size}
         pool = None
@@ -104,7 +104,7 @@ class SegmentationNetwork:
         return [self.class_names.index(name) for name in dict.fromkeys(wanted)]
 
     def overflows(self, input_size: int) -> bool:
-        """Return whether the weights are too large for the precision, tried with an image of noise."""
+        """Return whether activations overflow at this precision, tested with an image of noise."""
         image = torch.randn(1, 3, input_size, input_size, generator=torch.Generator().manual_seed(0))
         return not bool(self(image).isfinite().all())
 
@@ -126,7 +126,7 @@ def load_network(
     input_size: int,
     max_batch_size: int = 1,
 ) -> SegmentationNetwork:
-    """Return the network, on a GPU with CUDA graphs, in the precision, or in a suitable one for ``auto``.
+    """Load the network in the given precision (``auto`` picks one) and, on a GPU, capture CUDA graphs.
 
     Raises UsageError if the weights are too large for the precision.
     """

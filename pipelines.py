@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two DALI pipelines around the network. They need neither Triton nor the network.
 
-Both work on batches of photos that differ in size. An object of either class belongs to one thread at a time.
+Both work on batches of photos that differ in size. Neither class is thread-safe.
 """
 
 import os
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
 from serving.errors import InvalidRequest
@@ -49,11 +49,11 @@ class Preprocess:
         try:
             photos, images = self._pipeline.run(_current_stream(self._device), encoded=list(encoded))
         except RuntimeError as error:
-            # DALI raises one class for all errors. It can go on after an error of the decoder.
+            # DALI raises RuntimeError for everything. The pipeline stays usable after an error of the decoder.
             if not DECODING_ERROR.search(str(error)):
                 raise
             raise InvalidRequest(
-                "the photo cannot be decoded: it is damaged, or of a variant that DALI does not support"
+                "the photo cannot be decoded: it is damaged, or uses a variant that DALI does not support"
             ) from None
         return photos, torch.from_dlpack(images.as_tensor())
 
@@ -63,10 +63,11 @@ class Postprocess:
 
     def __init__(self, device: torch.device, max_batch_size: int = 1):
         self._device = device
-        self._pipeline = _postprocess_pipeline(
-            device="cpu" if device.type == "cpu" else "gpu", **_pipeline_options(device, max_batch_size)
-        )
-        self._pipeline.build()
+        self._options = {
+            "device": "cpu" if device.type == "cpu" else "gpu",
+            **_pipeline_options(device, max_batch_size),
+        }
+        self._pipeline: Pipeline | None = None
 
     def __call__(
         self, photos: TensorList, probability: torch.Tensor, thresholds: Sequence[float]
@@ -81,12 +82,17 @@ class Postprocess:
         if probability.device.type == "cpu":
             # Fed a torch tensor, DALI asks torch for a CUDA stream, which does not exist without a GPU.
             probability = probability.numpy()
-        return self._pipeline.run(
+        # A pipeline that failed is not used again. What was fed before the error, such as the photos, is still in it,
+        # and would become part of the next answer.
+        pipeline, self._pipeline = self._pipeline or _postprocess_pipeline(**self._options), None
+        outputs = pipeline.run(
             _current_stream(self._device),
             photo=photos,
             probability=probability[..., None],
             threshold=np.asarray(thresholds, np.float32),
         )
+        self._pipeline = pipeline
+        return outputs
 
 
 @pipeline_def

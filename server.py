@@ -48,8 +48,8 @@ DEFAULT_OUTPUTS = ("original", "segmented")
 
 
 def answer_bytes(pixels: int) -> int:
-    """Return how many bytes an answer may have if photos have so many pixels: the default outputs, or any file."""
-    return 2 * 3 * pixels + (1 << 16)
+    """Return the maximum size of an answer in bytes, for photos of at most this many pixels: the default outputs."""
+    return 2 * 3 * pixels
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class Segmentation(Stages):
         if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
             raise InvalidRequest(f"threshold must be a number between 0 and 1, not {shorten(threshold)}")
         file = self.encode.read_parameters(parameters)
-        # Triton does not tell a request that names no output from one that names them all.
-        if len(outputs) == len(OUTPUTS) and "format" not in parameters:
+        # To the server, a request that names no outputs looks like one that names them all.
+        if len(outputs) == len(OUTPUTS) and not parameters.keys() & {"format", "quality"}:
             outputs = DEFAULT_OUTPUTS
         if "encoded" in outputs:
             file.check_size(size)
@@ -150,15 +150,20 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="pretrained (torchvision's, downloaded once), demo (knows only the two sample photos), the path of a "
         "state dict, or auto: pretrained, and demo if those are not available",
     )
-    add("--class-name", default="person", help="what to cut out if a request names no class; several: cat,dog")
-    add("--threshold", type=number(float, 0, 1), default=0.6, help="probability to exceed if a request names none")
+    add("--class-name", default="person", help="class to cut out if a request names none; several: cat,dog")
+    add(
+        "--threshold",
+        type=number(float, 0, 1),
+        default=0.6,
+        help="probability to exceed if a request sets none",
+    )
     size = number(int, 32, 2048)
     add("--input-size", type=size, default=224, help="width and height of the network's input in pixels")
     add(
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="of the network; auto: fp16 on a GPU with tensor cores, bf16 on a CPU with AMX, fp32 otherwise",
+        help="numeric precision; auto: fp16 on a GPU with tensor cores, bf16 on a CPU with AMX, fp32 otherwise",
     )
     add_serving_options(parser)
     return parser.parse_args(arguments)
@@ -173,13 +178,14 @@ def main() -> None:
         with Workers(Segmentation, options, answer_bytes, lifecycle) as workers:
             triton.bind(
                 model_name=MODEL_NAME,
-                # PyTriton calls each instance in a thread of its own. An instance hands the request to a worker
+                # A list: PyTriton calls each instance in a thread of its own. An instance hands the request to a worker
                 # process, which groups what is waiting into batches and calls Segmentation.
                 infer_func=workers.instances,
                 inputs=INPUTS,
                 outputs=OUTPUTS,
                 config=ModelConfig(
-                    # Photos differ in size, and a Triton batch is one dense array: each request has one photo.
+                    # Photos differ in size, and a Triton batch is one dense array: each request has one photo, and
+                    # Triton's batcher only applies the limits of the queue.
                     max_batch_size=1,
                     batcher=DynamicBatcher(default_queue_policy=workers.queue_policy),
                 ),

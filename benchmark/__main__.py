@@ -3,8 +3,8 @@
 
     python -m benchmark [--rows plain server] [--output benchmark.json] [--plot benchmark.png]
 
-The servers run side by side and are asked in turn, round after round, so that whatever else slows the machine slows
-all of them alike.
+The servers run side by side and are measured in rotation, so that other load on the machine affects all of them
+equally.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmark.cases import CASES, STAGES, Case
 from benchmark.photos import ROOT
 
-# By the type of the device. A CPU takes seconds for what is in flight when the time of a row is over.
+# By the type of the device. On a CPU, requests in flight when a row's time is over take seconds to finish.
 DEFAULTS = {
     "cuda": {"concurrency": (1, 16, 32), "rounds": 2, "seconds": 1.5, "batch_sizes": (1, 2, 4, 8, 16)},
     "cpu": {"concurrency": (1, 8), "rounds": 1, "seconds": 3, "batch_sizes": (1, 2, 4)},
@@ -58,7 +58,7 @@ def measure_all(options: argparse.Namespace) -> dict:
     from serving.errors import UsageError
 
     try:
-        devices = list_devices(options.device)
+        devices = list_devices(options.device, timeout_s=60)
         device = resolve_device(devices[0])
     except UsageError as error:
         sys.exit(f"benchmark: {error}")
@@ -111,7 +111,7 @@ def running_servers(names: Iterable[str], device: str, server_command: str) -> I
         for name in names:
             command = [*commands[name], "--device", device]
             servers[name] = stack.enter_context(LaunchedServer(command, cwd=ROOT, stdout=sys.stderr))
-        # To stop takes a server seconds. So all are told before the first one is waited for.
+        # A server takes seconds to stop, so signal all of them before waiting for any.
         stack.callback(lambda: [server.process.terminate() for server in servers.values()])
         for name, server in servers.items():
             progress(f"starting: {name}")

@@ -110,7 +110,7 @@ def plot(report: Mapping, path: Path) -> None:
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
         axis.set(xlabel="photos in flight", ylabel=label)
         if max(row[key] for row in rows) > 100 * min(row[key] for row in rows):
-            axis.set_yscale("log")  # on a CPU, the ceiling is out of sight
+            axis.set_yscale("log")  # on a CPU, the ceiling is far above the other rows
         else:
             axis.set_ylim(0)
         axis.grid(alpha=0.3)

@@ -14,7 +14,7 @@ import server
 from benchmark.photos import SIZES, photos
 from serving.device import check_device
 from serving.memory import AnswerMemory
-from serving.worker import _Runner
+from serving.worker import Runner
 
 STAGES = ("preprocess", "network", "postprocess", "encode")  # as Segmentation calls them
 RUNNERS = {"cuda": 2, "cpu": 1}  # side by side, to keep a GPU busy
@@ -36,7 +36,7 @@ def measure_stages(device: str, batch_sizes: Sequence[int], progress: Callable[[
     ]:
         progress(f"stages: batch of {size}, {' and '.join(outputs)}")
         options.max_batch_size = size
-        runners = [_Runner(server.Segmentation, options, device) for _ in range(RUNNERS[device_type])]
+        runners = [Runner(server.Segmentation, options, device) for _ in range(RUNNERS[device_type])]
         batches = [_make_batch(runner, size, outputs) for runner in runners]
         with ThreadPoolExecutor(len(runners)) as pool:
             photos_per_s = sum(pool.map(_throughput, runners, batches))
@@ -45,9 +45,9 @@ def measure_stages(device: str, batch_sizes: Sequence[int], progress: Callable[[
     return rows
 
 
-def _make_batch(runner: _Runner, size: int, outputs: list[str]) -> list[tuple[AnswerMemory, object]]:
+def _make_batch(runner: Runner, size: int, outputs: list[str]) -> list[tuple[AnswerMemory, object]]:
     """Return jobs for photos of all sizes in turn, each with memory for its answer."""
-    answer_bytes = server.answer_bytes(2 * max(width * height for width, height in SIZES))
+    answer_bytes = server.answer_bytes(max(width * height for width, height in SIZES))
     batch = []
     for index in range(size):
         photo = np.frombuffer(photos()[index % len(photos())], np.uint8)
@@ -56,7 +56,7 @@ def _make_batch(runner: _Runner, size: int, outputs: list[str]) -> list[tuple[An
     return batch
 
 
-def _throughput(runner: _Runner, batch: list) -> float:
+def _throughput(runner: Runner, batch: list) -> float:
     """Return the photos per second of one thread that gets the same batch again and again."""
     runner(batch)
     began, count = time.perf_counter(), 0
@@ -66,7 +66,7 @@ def _throughput(runner: _Runner, batch: list) -> float:
     return count / (time.perf_counter() - began)
 
 
-def _time_stages(runner: _Runner, batch: list, loops: int) -> dict[str, float]:
+def _time_stages(runner: Runner, batch: list, loops: int) -> dict[str, float]:
     """Return the median milliseconds of each stage, and of the rest: the copy to the host. Changes the runner."""
     times = defaultdict(list)
 

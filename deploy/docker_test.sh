@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds the image and runs it in both ways that the README shows: make docker-test. Set IMAGE to test an image that exists
-# already, and HOST to the IP address of the machine that DOCKER_HOST names.
+# Builds the image and runs it both ways that the README shows. Run it with "make docker-test". Set IMAGE to test an existing
+# image, and HOST to the IP address of the machine that DOCKER_HOST names.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 host=${HOST:-127.0.0.1}
@@ -12,7 +12,7 @@ else
     echo "docker_test.sh: Docker has no NVIDIA runtime, so this runs without a GPU" >&2
 fi
 
-# try WHAT OPTION ...: runs the container with the options, uses it and stops it.
+# try NAME OPTION ...: start a container with these options, send it photos, stop it.
 try() {
     echo "== $1"
     container=$(docker run "${options[@]}" "${@:2}")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups the requests that are waiting and has them answered together."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from serving.channel import Channel
+
+LOGGER = logging.getLogger("server")
 
 
 class Batcher:
@@ -25,8 +28,8 @@ class Batcher:
 
         ``read`` turns the arrays and the message of a request into a job, or raises. ``runner`` is called with a list
         of jobs, and returns the list of answers. If it raises, it is called again for each job alone, so that only the
-        job at fault fails. Instead of an answer, it may return a function that computes the answer: it is called in a
-        thread of a pool. ``explain`` turns an exception into the one to answer with.
+        job at fault fails. Instead of an answer, it may return a function, which a thread pool calls to compute the
+        answer. ``explain`` turns an exception into the one that is sent to the client.
         """
         self._channels = list(channels)
         self._waiting = channels[0].waiting
@@ -34,7 +37,7 @@ class Batcher:
         self._runner = runner
         self._explain = explain
         self._max_batch_size = max_batch_size
-        # Nice, so that the batches, for which a device may be waiting, go first. On Linux, threads have priorities.
+        # At a lower priority than the batches, which keep the device busy. On Linux, niceness applies per thread.
         self._pool = ThreadPoolExecutor(os.cpu_count(), "deferred", initializer=os.nice, initargs=(5,))
 
     def run(self) -> None:
@@ -81,7 +84,12 @@ class Batcher:
 
     def _answer_later(self, channel: Channel, compute: Callable[[], Mapping[str, np.ndarray]]) -> None:
         try:
-            answer = compute()
-        except Exception as error:
-            answer = self._explain(error)
-        channel.answer(answer)
+            try:
+                answer = compute()
+            except Exception as error:
+                answer = self._explain(error)
+            channel.answer(answer)
+        except BaseException:
+            # Nobody else notices an error in a pool, and the request would wait forever.
+            LOGGER.exception("a worker failed")
+            os._exit(1)

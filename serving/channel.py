@@ -13,6 +13,7 @@ import numpy as np
 
 FORK = get_context("fork")
 MESSAGE_BYTES = 1 << 20  # for the pickled part of a request or answer: shapes, parameters, errors
+SLACK_BYTES = 1 << 16  # for the alignment of arrays, and the headers of files
 ALIGNMENT = 64  # of each array: a cache line, and more than any dtype needs
 
 Layout = Mapping[str, tuple[Sequence[int], str]]  # the shape and dtype of each array
@@ -31,8 +32,8 @@ class Channel:
         self._pulse = pulse
         self._request_sent = FORK.Semaphore(0)
         self._answer_sent = FORK.Semaphore(0)
-        self._request = _SharedMemory(request_bytes)
-        self._answer = _SharedMemory(answer_bytes)
+        self._request = _SharedMemory(request_bytes + SLACK_BYTES)
+        self._answer = _SharedMemory(answer_bytes + SLACK_BYTES)
         self._broken = False
 
     @property

@@ -4,28 +4,35 @@
 torch takes seconds to import. It is imported only where a GPU may be involved.
 """
 
-import contextlib
 import ctypes
 import logging
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import Pipe
 
 from serving.channel import FORK
-from serving.errors import UsageError
+from serving.errors import ServerError, UsageError
 
 CU_CTX_SCHED_BLOCKING_SYNC = 4  # from CUDA's cuda.h
 
 LOGGER = logging.getLogger("server")
 
 
-def list_devices(choice: str) -> list[str]:
-    """Return the devices that ``--device`` names, one for each worker. Raises UsageError."""
+def list_devices(choice: str, timeout_s: float) -> list[str]:
+    """Return the devices that ``--device`` names, one for each worker. Raises ServerError."""
     if choice != "all":
         return choice.split(",")
-    gpus = 0
-    # In another process, because CUDA would not survive the fork of the workers and a broken driver may crash.
-    with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(1, mp_context=FORK) as pool:
-        gpus = pool.submit(_count_gpus).result()
+    # In another process, because CUDA would not survive the fork of the workers, and a broken driver may crash or hang.
+    result, child_end = Pipe(duplex=False)
+    process = FORK.Process(target=lambda: child_end.send(_count_gpus()), daemon=True)
+    process.start()
+    child_end.close()
+    try:
+        if not result.poll(timeout_s):
+            raise ServerError(f"--device all: the GPU driver did not answer within {timeout_s:g} s")
+        gpus = result.recv()
+    except EOFError:
+        gpus = 0
+    finally:
+        process.kill()
     if not gpus:
         raise UsageError("--device all: torch finds no CUDA device; nvidia-smi shows GPUs and the driver's version")
     return [f"cuda:{index}" for index in range(gpus)]
@@ -96,7 +103,7 @@ class CudaStream:
     def __enter__(self) -> None:
         import torch
 
-        # On exit torch selects the previous GPU. Without this it would be the first one, and get a context there.
+        # On exit torch restores the previous GPU. Without this line it would be GPU 0, and get a context there.
         torch.cuda.set_device(self._stream.device)
         self._context.__enter__()
 

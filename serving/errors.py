@@ -23,7 +23,8 @@ class RequestError(Exception):
     __traceback__ = property(lambda _self: None, lambda _self, _traceback: None)  # contextlib assigns to it
 
     def __reduce__(self):  # pickle looks a class up in its module, which is not the real one here
-        return _restore, (type(self).__name__, str(self))
+        known = next(kind for kind in type(self).__mro__ if kind.__name__ in globals())  # yours may be a subclass
+        return _restore, (known.__name__, str(self))
 
 
 class InvalidRequest(RequestError):

@@ -38,7 +38,7 @@ class Instance:
                         answer = {name: array.copy() for name, array in answer.items()}
                     answers.append(answer)
         except RequestError as error:
-            LOGGER.warning("refused a request: %s", error)
+            LOGGER.warning("a request failed: %s", error)
             raise
         return [{name: array[None] for name, array in answer.items()} for answer in answers]
 
@@ -46,10 +46,12 @@ class Instance:
         if any(len(array) != 1 for array in request.data.values()):
             raise InvalidRequest("the batch dimension must be 1: send one request for each item")
         arrays = {name: array[0] for name, array in request.data.items()}
+        if strings := [name for name, array in arrays.items() if array.dtype.hasobject]:
+            raise InvalidRequest(f"the input {strings[0]} must have a type of fixed size, such as UINT8")
         size = sum(array.nbytes for array in arrays.values())
         if size > self._max_request_bytes:
             raise InvalidRequest(
-                f"the request has {size} bytes, and this server takes {self._max_request_bytes} at most: "
+                f"the request has {size} bytes, but this server accepts at most {self._max_request_bytes}: "
                 "save the photo as a JPEG, or scale it down"
             )
         try:
@@ -60,5 +62,5 @@ class Instance:
         except ConnectionError:
             raise InferenceFailed("the server is stopping because its worker is gone: try again later") from None
         except TimeoutError:
-            self._lifecycle.fail(f"stopping: a worker has answered nobody for {self._timeout_s:g} s, so it hangs")
+            self._lifecycle.fail(f"stopping: a worker has answered nobody for {self._timeout_s:g} s")
             raise InferenceFailed("the server took too long and is stopping: try again later") from None

@@ -88,13 +88,14 @@ def main(arguments: Sequence[str]) -> int:
     if "--" not in arguments:
         print("usage: python -m serving.launch SERVER.py [OPTION ...] -- CLIENT.py [OPTION ...]", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves through the blocks that stop the server
     separator = arguments.index("--")
     with LaunchedServer(arguments[:separator]) as server:
         client = subprocess.Popen([sys.executable, *arguments[separator + 1 :], "--url", server.http_url])
         try:
             while client.poll() is None:
                 if server.process.poll() is not None:  # it has said why
-                    return server.process.returncode
+                    return server.process.returncode or 1
                 time.sleep(0.1)
         except KeyboardInterrupt:
             return 130

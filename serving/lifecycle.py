@@ -115,5 +115,5 @@ class Lifecycle:
                 return
             time.sleep(0.05)
         if self._in_flight:
-            LOGGER.warning("stopping: requests in flight took too long; their clients are told so")
+            LOGGER.warning("stopping: requests in flight took too long and will fail")
             self.give_up()

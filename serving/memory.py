@@ -4,12 +4,16 @@
 import bisect
 import math
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from serving.channel import ALIGNMENT, Layout, lay_out, layout_of
 from serving.errors import InvalidRequest, UsageError
 from serving.stages import Deferred
+
+if TYPE_CHECKING:
+    import torch
 
 # PyTriton and Triton die of a bus error when /dev/shm is full. Triton's pool has 4 MB per instance from the start, and
 # takes a request and its answer with gaps: 1.3 times their bytes. PyTriton's store takes them in segments of powers of
@@ -38,28 +42,24 @@ class AnswerMemory:
         others are placed into this memory. Raises InvalidRequest if it is too small.
         """
         deferred = {name: output for name, output in outputs.items() if isinstance(output, Deferred)}
-        if self._device == "cpu":
-            arrays = {name: np.asarray(output) for name, output in outputs.items() if name not in deferred}
-            copies = self._place(layout_of(arrays))
-            for name, array in arrays.items():
-                np.copyto(copies[name], array)
-            return copies | {
-                name: Deferred(output.compute, np.array(output.source)) for name, output in deferred.items()
-            }
+        arrays = {name: self._open(output) for name, output in outputs.items() if name not in deferred}
+        copies = self._place({name: (array.shape, _dtype_name(array)) for name, array in arrays.items()})
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            self._pin(sum(copy.nbytes + ALIGNMENT for copy in copies.values()))
+        for name, array in arrays.items():
+            _copy(array, copies[name])
+        for name, output in deferred.items():
+            source = self._open(output.source)
+            copies[name] = Deferred(output.compute, _copy(source, _empty_like(source)))
+        return copies
+
+    def _open(self, output: object) -> "np.ndarray | torch.Tensor":
+        """Return an output as what it is, without a copy: an array on the host, or a tensor on the GPU."""
+        if self._device == "cpu" or isinstance(output, np.ndarray):
+            return np.asarray(output)
         import torch
 
-        tensors = {name: torch.from_dlpack(output) for name, output in outputs.items() if name not in deferred}
-        copies = self._place(
-            {name: (tensor.shape, str(tensor.dtype).removeprefix("torch.")) for name, tensor in tensors.items()}
-        )
-        self._pin(sum(copy.nbytes + ALIGNMENT for copy in copies.values()))
-        for name, tensor in tensors.items():
-            torch.from_numpy(copies[name]).copy_(tensor, non_blocking=True)
-        for name, output in deferred.items():
-            source = torch.from_dlpack(output.source)
-            pinned = torch.empty_like(source, device="cpu", pin_memory=True).copy_(source, non_blocking=True)
-            copies[name] = Deferred(output.compute, pinned.numpy())
-        return copies
+        return torch.from_dlpack(output)
 
     def compute_deferred(self, outputs: Mapping[str, np.ndarray | Deferred]) -> dict[str, np.ndarray]:
         """Compute what :meth:`store` returned as deferred, and store it behind the rest. From any thread.
@@ -81,7 +81,7 @@ class AnswerMemory:
             return lay_out(self._memory, layout)
         except ValueError:
             raise InvalidRequest(
-                f"the answer is larger than the {len(self._memory)} bytes that this server sends: request fewer outputs"
+                f"the answer exceeds this server's limit of {len(self._memory)} bytes: request fewer outputs"
             ) from None
 
     def _pin(self, size: int) -> None:
@@ -98,6 +98,30 @@ class AnswerMemory:
         size = min(len(self._memory), 1 << (size - 1).bit_length())
         torch.cuda.check_error(cudart.cudaHostRegister(pointer, size, 0))
         self._pinned = size
+
+
+def _dtype_name(array: "np.ndarray | torch.Tensor") -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _empty_like(array: "np.ndarray | torch.Tensor") -> np.ndarray:
+    """Return memory of the host: for a tensor of a GPU pinned, so that the GPU can copy into it in the background."""
+    if isinstance(array, np.ndarray):
+        return np.empty_like(array)
+    import torch
+
+    return torch.empty_like(array, device="cpu", pin_memory=True).numpy()
+
+
+def _copy(array: "np.ndarray | torch.Tensor", target: np.ndarray) -> np.ndarray:
+    """Copy into an array of the host, from a GPU in the order of torch's current stream, and return it."""
+    if isinstance(array, np.ndarray):
+        np.copyto(target, array)
+    else:
+        import torch
+
+        torch.from_numpy(target).copy_(array, non_blocking=True)
+    return target
 
 
 def fit_shared_memory(
@@ -124,6 +148,6 @@ def fit_shared_memory(
     return (
         instances,
         fitting,
-        f"SHARED MEMORY: /dev/shm has {free / 1e6:,.0f} MB free instead of {wanted / 1e6:,.0f}. Photos of more than "
-        f"{fitting:,} pixels are refused, instances: {instances}. To fix this, {advice}.",
+        f"SHARED MEMORY: /dev/shm has {free / 1e6:,.0f} MB free instead of {wanted / 1e6:,.0f}. The server refuses "
+        f"photos of more than {fitting:,} pixels and runs {instances} instances. To fix this, {advice}.",
     )

@@ -34,7 +34,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def number(kind: type, lowest: float, highest: float | None = None) -> Callable[[str], float]:
-    """Return an argparse type: a number of this kind within the bounds, which belong to the range."""
+    """Return an argparse type: a number of this kind within the bounds, inclusive."""
     what = "a whole number" if kind is int else "a number"
     valid = f"{what} of at least {lowest}" if highest is None else f"{what} between {lowest} and {highest}"
 
@@ -86,12 +86,12 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         help="photos with more pixels are refused",
     )
     for name, highest, text in (
-        ("--instances", 64, "requests in progress at once per device"),
-        ("--max-batch-size", 64, "photos that go through the network together at most"),
-        ("--max-queue", None, "requests that may wait for an instance; the next ones are refused at once"),
+        ("--instances", 64, "concurrent requests per device"),
+        ("--max-batch-size", 64, "maximum number of photos per batch"),
+        ("--max-queue", None, "maximum number of waiting requests; further ones are refused at once"),
     ):
         key = name[2:].replace("-", "_")
-        automatic = f"0: {defaults['cuda'][key]} on a GPU, {defaults['cpu'][key]} without"
+        automatic = f"0 means {defaults['cuda'][key]} on a GPU, {defaults['cpu'][key]} on a CPU"
         add(name, type=number(int, 0, highest), default=0, help=f"{text}; {automatic}")
     add(
         "--address",
@@ -115,21 +115,21 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--drain-s",
-        type=number(float, 0),
+        type=number(float, 0, 86_400),
         default=2,
-        help="seconds that requests in flight have to finish when the server is stopped",
+        help="seconds to let requests in flight finish when the server stops",
     )
     add(
         "--start-timeout-s",
-        type=number(float, 1),
+        type=number(float, 1, 86_400),
         default=600,
-        help="seconds that a worker has to start, with the download of the weights",
+        help="seconds that the workers may take to start, including the download of the weights",
     )
     add(
         "--worker-timeout-s",
-        type=number(float, 1),
+        type=number(float, 1, 86_400),
         default=300,
-        help="the server stops with status 1 if a worker answers nobody for so many seconds",
+        help="exit with status 1 if a worker answers nobody for this many seconds",
     )
     add("--verbose", action="store_true", help="log what PyTriton and Triton do")
 

@@ -55,15 +55,15 @@ def check_photo(encoded: np.ndarray, max_pixels: int) -> tuple[int, int]:
             width, height = image.size
             frames = getattr(image, "n_frames", 1)
     except UnidentifiedImageError:
-        raise InvalidRequest(f"the photo's {len(data)} bytes are of an unknown type, or damaged: {ADVICE}") from None
+        raise InvalidRequest(f"the photo ({len(data)} bytes) is damaged or of an unknown type: {ADVICE}") from None
     except Exception as error:  # Pillow's parsers raise whatever the damage makes them stumble over.
         raise InvalidRequest(f"the photo's header is damaged ({type(error).__name__}): {ADVICE}") from None
-    if frames > 1 and not is_jpeg:
+    if frames > 1:
         raise InvalidRequest(f"the photo is an animation of {frames} frames: send one of them as a still image")
     if width * height > max_pixels:
         raise InvalidRequest(
-            f"the photo has {width} x {height} pixels, and this server takes {max_pixels} at most: "
-            "scale it down, or start the server with a larger --max-pixels"
+            f"the photo is {width} x {height} pixels, but this server accepts at most {max_pixels} pixels: "
+            "scale it down, or raise the server's --max-pixels"
         )
     return width, height
 
@@ -79,7 +79,7 @@ def _check_jpeg(data: bytes) -> None:
     for _ in range(MAX_SEGMENTS):
         marker = JPEG_MARKER.search(data, position)
         if not marker:
-            raise InvalidRequest("the photo is truncated, its end is missing: send the whole file")
+            raise InvalidRequest("the photo is truncated (no end-of-image marker): send the whole file")
         if marker[0] == b"\xff\xd9":
             return
         scans += marker[0] == b"\xff\xda"

@@ -64,7 +64,7 @@ class Triton:
         self._security = _secure(options)
         self._model: dict = {}
         _check_ports(self._config)
-        prepare_environment()
+        _prepare_environment()
 
     def bind(self, **model: object) -> None:
         """Remember the model. Takes the arguments of PyTriton's ``bind`` by name."""
@@ -90,7 +90,7 @@ class Triton:
             triton.serve(monitoring_period_s=1)
             self._lifecycle.finish()
             self._lifecycle.give_up()  # PyTriton would wait for the requests in flight
-            raise ServerError("Triton has ended, and the server with it; --verbose shows Triton's log")
+            raise ServerError("Triton exited unexpectedly; --verbose shows its log")
         except SystemExit:
             self._lifecycle.drain()
             raise
@@ -114,7 +114,7 @@ class Triton:
         with contextlib.suppress(ProcessLookupError):  # it has ended already
             connection.wait([os.pidfd_open(helper.pid) for helper in helpers])
         if triton.is_alive():
-            self._lifecycle.fail("stopping: one of Triton's helper processes has ended")
+            self._lifecycle.fail("stopping: one of Triton's helper processes exited")
         else:
             # The main thread notices the end of Triton, too. There, PyTriton waits for the requests in flight.
             self._lifecycle.finish()
@@ -160,7 +160,7 @@ def _configure(options: argparse.Namespace) -> TritonConfig:
     try:
         from_environment = TritonConfig.from_env().to_dict()
     except (TypeError, ValueError) as error:
-        raise UsageError(f"a variable PYTRITON_TRITON_CONFIG_... is wrong: {error}") from error
+        raise UsageError(f"invalid environment variable PYTRITON_TRITON_CONFIG_...: {error}") from error
     config |= {name: value for name, value in from_environment.items() if value is not None}
     for protocol in PROTOCOLS:
         if hasattr(options, "address"):
@@ -171,11 +171,11 @@ def _configure(options: argparse.Namespace) -> TritonConfig:
 
 
 def _secure(options: argparse.Namespace) -> TritonSecurityConfig:
-    """Return what protects the administrative endpoints. Without a token, PyTriton draws one."""
+    """Return what protects the administrative endpoints. Without a token, PyTriton generates one."""
     token = getattr(options, "access_token", os.environ.get("TRITON_ACCESS_TOKEN"))
     if token is not None and not TOKEN.fullmatch(token):
         raise UsageError(
-            "--access-token, or TRITON_ACCESS_TOKEN in the environment, must be 16 or more letters, digits, - and _"
+            "--access-token, or TRITON_ACCESS_TOKEN in the environment, must be at least 16 letters, digits, - and _"
         )
     return TritonSecurityConfig(access_token=token)
 
@@ -211,8 +211,8 @@ def _urls(config: TritonConfig) -> str:
     )
 
 
-def prepare_environment() -> None:
-    """Set what Triton and its stub processes inherit, and how the threads of this process take turns."""
+def _prepare_environment() -> None:
+    """Set the environment that Triton inherits, and how often the threads of this process switch."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if not get_stub_path(version).exists():
         raise UsageError(f"PyTriton does not support Python {version}; use Python 3.11 or 3.12")

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from pytriton.model_config.common import QueuePolicy, TimeoutAction
 from pytriton.proxy.types import Request
 
 from serving.batcher import Batcher
-from serving.channel import FORK, Channel, open_channels
+from serving.channel import FORK, SLACK_BYTES, Channel, open_channels
 from serving.device import check_device, list_devices, open_stream, resolve_device
 from serving.errors import InferenceFailed, RequestError, ServerError, UsageError
 from serving.instance import Instance
@@ -90,12 +91,12 @@ class Workers:
         for worker in self._workers:
             worker.kill()
         if not all(worker.join(KILL_TIMEOUT_S) for worker in self._workers):
-            LOGGER.critical("a worker cannot be killed, because the driver of its GPU hangs")
+            LOGGER.critical("cannot kill a worker: the driver of its GPU is probably hung")
             os._exit(1)  # Python's own exit would wait for the worker
 
     def _start(self) -> None:
         options = self._options
-        devices = list_devices(options.device)
+        devices = list_devices(options.device, options.start_timeout_s)
         shm_bytes = shutil.disk_usage("/dev/shm").free // len(devices)
         for device in devices:
             try:
@@ -111,7 +112,7 @@ class Workers:
                 self._workers.append(_Worker(self._stages, options, device, channels, shm_bytes, self._answer_bytes))
             # PyTriton's end waits for its instances, and these for the worker.
             self._lifecycle.on_give_up(self._workers[-1].kill)
-        reports = [worker.wait_until_ready(options.start_timeout_s) for worker in self._workers]
+        reports = self._wait_until_ready(options.start_timeout_s)
         for worker, report in zip(self._workers, reports, strict=True):
             threading.Thread(target=self._fail_without, args=(worker,), daemon=True).start()
             max_request_bytes = max_photo_bytes(report.max_pixels)
@@ -130,9 +131,23 @@ class Workers:
             timeout_action=TimeoutAction.REJECT,
         )
 
+    def _wait_until_ready(self, timeout_s: float) -> list[_Ready]:
+        """Return what the workers report when they have started. Raises the first ServerError of any of them."""
+        deadline = time.monotonic() + timeout_s
+        reports: dict[_Worker, _Ready] = {}
+        while waiting := [worker for worker in self._workers if worker not in reports]:
+            arrived = connection.wait([worker.status for worker in waiting], max(0, deadline - time.monotonic()))
+            if not arrived:
+                raise ServerError(
+                    f"the worker for --device {waiting[0].device} did not start within {timeout_s:g} s: its GPU driver "
+                    "may be hung, or downloading the weights takes longer than --start-timeout-s allows"
+                )
+            reports |= {worker: worker.read_report() for worker in waiting if worker.status in arrived}
+        return [reports[worker] for worker in self._workers]
+
     def _fail_without(self, worker: "_Worker") -> None:
         worker.wait_until_ended()
-        self._lifecycle.fail("stopping: a worker has ended")
+        self._lifecycle.fail("stopping: a worker exited")
 
 
 class _Worker:
@@ -141,27 +156,22 @@ class _Worker:
     def __init__(self, stages, options, device, channels, shm_bytes, answer_bytes):
         """Fork the process. This must happen while the server has only one thread."""
         self.channels = channels
-        self._device = device
-        self._status, worker_end = Pipe()
+        self.device = device
+        self.status, worker_end = Pipe()
         arguments = (os.getpid(), stages, options, device, channels, shm_bytes, answer_bytes, worker_end)
         self._process = FORK.Process(target=_run, args=arguments)
         self._process.start()
         worker_end.close()
 
-    def wait_until_ready(self, timeout_s: float) -> _Ready:
+    def read_report(self) -> _Ready:
         """Return what it reports. Raises ServerError."""
-        if not self._status.poll(timeout_s):
-            raise ServerError(
-                f"the worker for --device {self._device} has not started within {timeout_s:g} s: the driver of its "
-                "GPU may hang, or the weights take longer to download than --start-timeout-s allows"
-            )
         try:
-            report = self._status.recv()
+            report = self.status.recv()
         except EOFError:
             self._process.join()
             code = self._process.exitcode
             how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
-            raise ServerError(f"a worker ended while it started ({how})") from None
+            raise ServerError(f"a worker exited during startup ({how})") from None
         if isinstance(report, Exception):
             raise report
         return report
@@ -182,7 +192,7 @@ class _Worker:
         return not self._process.is_alive()
 
 
-class _Runner:
+class Runner:
     """The stages, on a CUDA stream of their own."""
 
     def __init__(self, stages: type[Stages], options: argparse.Namespace, device: str):
@@ -196,7 +206,7 @@ class _Runner:
         with self._stream:
             outputs = self.stages([job for _, job in batch])
             answers = [memory.store(output) for (memory, _), output in zip(batch, outputs, strict=True)]
-            # So far the GPU was only told what to do. This is the one time that a batch is waited for.
+            # So far the GPU was only told what to do, except for image files, which are waited for.
             self._stream.wait()
             self.stages.verify()
         return [
@@ -265,8 +275,9 @@ def _build(
     max_batch_size = device_default(options, "max_batch_size", device_type)
     options = argparse.Namespace(**vars(options) | {"max_pixels": max_pixels, "max_batch_size": max_batch_size})
     LOGGER.info("instances: %d, photos per batch: %d at most", instances, max_batch_size)
-    runner = _Runner(stages, options, device)
-    memories = {channel: AnswerMemory(channel.answer_memory, device) for channel in channels[:instances]}
+    runner = Runner(stages, options, device)
+    most = answer_bytes(max_pixels) + SLACK_BYTES
+    memories = {channel: AnswerMemory(channel.answer_memory[:most], device) for channel in channels[:instances]}
 
     def read(channel: Channel, arrays: Mapping[str, np.ndarray], message: tuple) -> tuple[AnswerMemory, object]:
         parameters, outputs = message
@@ -278,7 +289,7 @@ def _build(
         if isinstance(error, RequestError):
             return error
         LOGGER.error("a request failed", exc_info=error)
-        return InferenceFailed("the server failed at this request and logged the reason: try again later")
+        return InferenceFailed("the server could not process this request and logged the reason: try again later")
 
     LOGGER.removeHandler(warnings)
     messages = tuple(record.getMessage() for record in warnings.buffer)
@@ -292,5 +303,5 @@ def _end_without(device: str) -> None:
     try:
         check_device(device)
     except RuntimeError as error:
-        LOGGER.critical("the GPU is lost to this worker, which ends: %s", str(error).splitlines()[0])
+        LOGGER.critical("a worker lost its GPU and exits: %s", str(error).splitlines()[0])
         os._exit(1)

@@ -181,6 +181,14 @@ def running_together(servers: Mapping[str, Server]) -> Iterator[Mapping[str, Ser
 OFFLINE = dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9") | {"no_proxy": "", "NO_PROXY": ""}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share a server in one process of pytest-xdist: those of a file, or of the session's server."""
+    for item in items:
+        group = "session" if "server" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server of the session, without options or a network: it serves the demonstration weights."""

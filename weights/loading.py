@@ -21,22 +21,21 @@ LOGGER = logging.getLogger("server")
 StateDict = dict[str, torch.Tensor]
 
 
-class WeightsError(UsageError):
-    """The weights are not available, or do not fit the network."""
-
-
 def load_weights(choice: str, network: str, demo_path: Path = DEMO_PATH) -> StateDict:
     """Return a state dict that fits torchvision's network of this name, on the CPU, its floats as float32.
 
     ``choice`` is ``pretrained`` (torchvision's weights, through torch's download cache), ``demo`` (the file beside this
     one), ``auto`` (pretrained, or demo with a warning if those are not available) or the path of a state dict, with or
-    without the auxiliary head. Raises WeightsError.
+    without the auxiliary head. Raises UsageError.
     """
     if choice == "auto":
         try:
             return load_weights("pretrained", network)
-        except WeightsError as error:
-            state_dict = load_weights("demo", network, demo_path)
+        except UsageError as error:
+            try:
+                state_dict = load_weights("demo", network, demo_path)
+            except UsageError:  # they are made for another network
+                raise error from None
             LOGGER.warning(
                 "DEMONSTRATION WEIGHTS: the server knows the two photos in images/ and nothing else, "
                 "because the pretrained weights are not available. %s",
@@ -68,7 +67,7 @@ def _load_pretrained(network: str) -> StateDict:
             if path.exists()
             else f"download {weights.url} on another machine and put it at {path}, or use --weights demo"
         )
-        raise WeightsError(f"--weights pretrained failed ({_summary(error)}): {advice}") from error
+        raise UsageError(f"--weights pretrained failed ({_summary(error)}): {advice}") from error
     finally:
         socket.setdefaulttimeout(None)
     return _check(state_dict, str(path), network)
@@ -80,9 +79,7 @@ def _load_demo(path: Path, network: str) -> StateDict:
     try:
         trained, expected = content["state_dict"], content["fingerprint"]
     except (KeyError, TypeError):
-        raise WeightsError(
-            f"{path} is not a demonstration weights file: create it with weights/train_demo.py"
-        ) from None
+        raise UsageError(f"{path} is not a demonstration weights file: create it with weights/train_demo.py") from None
     shapes = network_shapes(network)
     # Only convolutions are drawn. If another network lacks something else, _check says so.
     drawn = {
@@ -92,7 +89,7 @@ def _load_demo(path: Path, network: str) -> StateDict:
     }
     state_dict = _check(drawn | trained, str(path), network)
     if fingerprint(drawn) != expected:
-        raise WeightsError(
+        raise UsageError(
             f"{path} was trained for another network, or with a torch that draws other random numbers than "
             f"{torch.__version__}: create it with weights/train_demo.py"
         )
@@ -108,18 +105,18 @@ def _read_file(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise WeightsError(f"--weights {path} does not exist: use a file, pretrained, demo or auto") from None
+        raise UsageError(f"--weights {path} does not exist: use a file, pretrained, demo or auto") from None
     except Exception as error:
-        raise WeightsError(f"{path} is not a state dict that torch can read ({_summary(error)})") from error
+        raise UsageError(f"{path} is not a state dict that torch can read ({_summary(error)})") from error
 
 
 def _check(state_dict: object, source: str, network: str) -> StateDict:
     """Return the state dict without the auxiliary head, its floats as float32.
 
-    Raises WeightsError if it does not fit.
+    Raises UsageError if it does not fit.
     """
     if not isinstance(state_dict, dict):
-        raise WeightsError(f"{source} holds a {type(state_dict).__name__} instead of a state dict")
+        raise UsageError(f"{source} holds a {type(state_dict).__name__} instead of a state dict")
     shapes = network_shapes(network)
     state_dict = {name: value for name, value in state_dict.items() if not str(name).startswith("aux_classifier.")}
     problems = [f"{name} is missing" for name in shapes if name not in state_dict]
@@ -132,7 +129,7 @@ def _check(state_dict: object, source: str, network: str) -> StateDict:
             problems.append(f"{name} has shape {list(value.shape)} instead of {list(shapes[name])}")
     if problems:
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        raise WeightsError(f"{source} does not fit {network}: {problems[0]}{more}")
+        raise UsageError(f"{source} does not fit {network}: {problems[0]}{more}")
     return {name: value.float() if value.is_floating_point() else value for name, value in state_dict.items()}
 
 

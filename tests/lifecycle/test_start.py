@@ -50,9 +50,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, S
     ("arguments", "status", "expected"),
     [
         (["--start", "no memory"], 1, "a worker failed to start: CUDA out of memory. Tried to allocate 20 MiB.;"),
-        (["--start", "exit"], 1, "a worker ended while it started (exit status 3)"),
+        (["--start", "exit"], 1, "a worker exited during startup (exit status 3)"),
         (["--start", "wrong option"], 2, "--start must not be wrong"),
-        (["--start", "hang", "--start-timeout-s", "2"], 1, "has not started within 2 s"),
+        (["--start", "hang", "--start-timeout-s", "2"], 1, "did not start within 2 s"),
     ],
 )
 def test_a_worker_that_does_not_start_ends_the_server_with_one_line(arguments, status, expected, tmp_path):

@@ -11,14 +11,14 @@ import server
 from encoders import ImageFile
 from server import Job, Segmentation
 from serving.memory import AnswerMemory
-from serving.worker import _Runner
+from serving.worker import Runner
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_masks_in_fp16_agree_with_those_in_fp32(device):
     options, answers = server.parse_options(["--weights", "demo", "--max-batch-size", "1"]), {}
     for precision in ("fp16", "fp32"):
-        runner = _Runner(Segmentation, argparse.Namespace(**vars(options) | {"precision": precision}), device)
+        runner = Runner(Segmentation, argparse.Namespace(**vars(options) | {"precision": precision}), device)
         for class_name, (path, _) in SAMPLES.items():
             classes = runner.stages.network.class_indices(class_name)
             job = Job(as_array(path.read_bytes()), classes, 0.6, ("original", "segmented"), ImageFile("jpeg", 95))

@@ -184,4 +184,4 @@ def test_the_log_has_one_line_for_each_refused_request(server, http_connection):
     refusal(http_connection, PHOTO, class_name="unicorn")
     refusal(http_connection, PHOTO[:50_000])
     lines = server.log.read_text().splitlines()[before:]
-    assert len([line for line in lines if "WARNING server: refused a request: " in line]) == len(lines) == 2
+    assert len([line for line in lines if "WARNING server: a request failed: " in line]) == len(lines) == 2

@@ -127,7 +127,7 @@ def test_a_bad_photo_is_named_and_the_others_are_answered(run_client, url, tmp_p
     assert done.status == 1
     assert "empty.jpg: the file is empty" in done.err
     assert "cut off.jpg: the photo is truncated" in done.err
-    assert "note.txt: the photo's 8 bytes are of an unknown type" in done.err
+    assert "note.txt: the photo (8 bytes) is damaged or of an unknown type" in done.err
     assert "client.py: 3 of 5 photos failed" in done.err
     assert "Traceback" not in done.err
     assert {path.name for path in tmp_path.glob("orig*.jpg")} == {"orig0.jpg", "orig4.jpg"}
@@ -158,7 +158,7 @@ def test_without_a_server_it_gives_up_with_one_line(run_client, scheme):
     url = f"{scheme}://127.0.0.1:{free_ports(1)[0]}"
     done = run_client("--url", url, "--init-timeout-s", 0.5)
     assert done.status == 2
-    assert done.err.splitlines()[-1].startswith(f"client.py: {url}: no server answers (")
+    assert done.err.splitlines()[-1].startswith(f"client.py: {url}: cannot reach the server (")
     assert "Traceback" not in done.err
 
 
@@ -170,7 +170,7 @@ def test_a_server_that_says_nothing_is_not_waited_for_forever(run_client, scheme
         done = run_client("--url", url, "--init-timeout-s", 1)
         assert time.monotonic() - began < 10
     assert done.status == 2
-    assert done.err.splitlines()[-1].startswith(f"client.py: {url}: no server answers (")
+    assert done.err.splitlines()[-1].startswith(f"client.py: {url}: cannot reach the server (")
 
 
 class OtherServer(http.server.BaseHTTPRequestHandler):
@@ -207,7 +207,7 @@ def url_of(request: pytest.FixtureRequest) -> str:
 def test_a_server_of_something_else_is_recognized(run_client, url_of):
     done = run_client("--url", url_of, "--init-timeout-s", 0.5)
     assert done.status == 2
-    assert done.err.splitlines()[-1].startswith(f"client.py: {url_of}: the model ResNet101 is not ready: ")
+    assert done.err.splitlines()[-1].startswith(f"client.py: {url_of}: the model ResNet101 is not ready. ")
 
 
 @pytest.mark.parametrize("url_of", [SlowServer], indirect=True)

@@ -95,7 +95,7 @@ def test_the_classifier_on_the_page_gives_torchvisions_probabilities(servers, cl
     assert expected.max() > 10 / 1000
     assert probabilities.argmax() == expected.argmax()
     np.testing.assert_allclose(probabilities, expected, atol=0.02 * expected.max())
-    with pytest.raises(InferenceError, match="this server takes 300000 at most"):
+    with pytest.raises(InferenceError, match="this server accepts at most 300000 pixels"):
         connection.infer(encode(sample("person", (600, 600)), "JPEG"))
 
 

@@ -86,8 +86,8 @@ def test_a_photo_that_is_too_large_for_a_format_is_refused():
     ImageFile("png", 100).check_size((100_000, 1))
     ImageFile("jpeg", 95).check_size((65_500, 1))
     with pytest.raises(
-        InvalidRequest, match="a jpeg file may be 65500 pixels wide and high, and the photo has 1 x 65501"
+        InvalidRequest, match="a jpeg file can be at most 65500 pixels wide and high, but the photo is 1 x 65501"
     ):
         ImageFile("jpeg", 95).check_size((1, 65_501))
-    with pytest.raises(InvalidRequest, match="a webp file may be 16383 pixels wide and high"):
+    with pytest.raises(InvalidRequest, match="a webp file can be at most 16383 pixels wide and high"):
         ImageFile("webp", 80).check_size((16_384, 1))

@@ -14,7 +14,7 @@ from server import Job, Segmentation
 from serving.errors import InferenceFailed, InvalidRequest
 from serving.memory import AnswerMemory
 from serving.options import DEVICE_DEFAULTS
-from serving.worker import _Runner
+from serving.worker import Runner
 
 BOTH = ("original", "segmented")
 # Less without a GPU, which saves half a minute.
@@ -29,11 +29,11 @@ def options_for(device: str, **changes: object) -> argparse.Namespace:
 
 
 @pytest.fixture(scope="module", params=DEVICES)
-def runner(request) -> _Runner:
-    return _Runner(Segmentation, options_for(request.param), request.param)
+def runner(request) -> Runner:
+    return Runner(Segmentation, options_for(request.param), request.param)
 
 
-def job(runner: _Runner, class_name: str, size: tuple[int, int] | None = None, outputs=BOTH):
+def job(runner: Runner, class_name: str, size: tuple[int, int] | None = None, outputs=BOTH):
     """Return a job for a sample photo, with memory for its answer."""
     memory = AnswerMemory(np.empty(1281 * 851 * 6 + 64, np.uint8), runner.device)
     photo = as_array(encode(sample(class_name, size), "JPEG", quality=90))
@@ -84,10 +84,10 @@ def test_a_result_that_is_not_finite_is_an_error(runner, monkeypatch):
 
 
 def test_the_warm_up_does_not_depend_on_the_sample_photo_or_its_size(runner):
-    assert _Runner(Segmentation, options_for(runner.device, max_pixels=1, max_batch_size=1), runner.device).stages
+    assert Runner(Segmentation, options_for(runner.device, max_pixels=1, max_batch_size=1), runner.device).stages
 
 
-def read(runner: _Runner, parameters: dict | None = None) -> Job:
+def read(runner: Runner, parameters: dict | None = None) -> Job:
     photo = as_array(SAMPLES["cat"][0].read_bytes())
     return runner.stages.read(Request(data={"image": photo}, parameters=parameters or {}, requested_output_names=BOTH))
 

@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import as_array
+import torch
+from conftest import DEVICES, as_array
 from pytriton.proxy.types import Request
 
 from serving.batcher import Batcher
-from serving.channel import FORK, lay_out, layout_of, open_channels
+from serving.channel import FORK, SLACK_BYTES, lay_out, layout_of, open_channels
 from serving.errors import InferenceFailed, InvalidRequest, ServerError, UsageError
 from serving.instance import Instance
 from serving.lifecycle import Lifecycle
@@ -73,7 +74,7 @@ def test_a_channel_carries_arrays_of_any_type_and_shape():
 def test_a_request_that_does_not_fit_into_the_channel_is_refused():
     with Forked(double, 1, 1) as forked:
         with pytest.raises(ValueError, match="image does not fit"):
-            forked.channels[0].call({"image": np.zeros(1001, np.uint8)}, None)
+            forked.channels[0].call({"image": np.zeros(1001 + SLACK_BYTES, np.uint8)}, None)
         with pytest.raises(ValueError, match="memoryview"):
             forked.channels[0].call(PHOTO, "x" * (2 << 20))
         assert forked.channels[0].call({"image": np.ones(1000, np.uint8)}, None)["image"].sum() == 2000
@@ -179,9 +180,14 @@ def test_an_instance_refuses_what_it_cannot_send(caplog):
         instance = make_instance(forked)
         with pytest.raises(InvalidRequest, match="the batch dimension must be 1"):
             instance([Request({"image": np.zeros((2, 5), np.uint8)}, {})])
-        with pytest.raises(InvalidRequest, match="the request has 1001 bytes, and this server takes 1000 at most"):
+        with pytest.raises(InvalidRequest, match="the request has 1001 bytes, but this server accepts at most 1000"):
             instance([Request({"image": np.zeros((1, 1001), np.uint8)}, {})])
-        assert caplog.text.count("refused a request: ") == 2
+        assert caplog.text.count("a request failed: ") == 2
+
+
+def test_an_instance_refuses_strings():
+    with Forked(double, 1, 1) as forked, pytest.raises(InvalidRequest, match="image must have a type of fixed size"):
+        make_instance(forked)([Request({"image": np.array([[b"photo"]], object)}, {})])
 
 
 def test_a_server_that_has_drained_refuses_requests():
@@ -258,7 +264,7 @@ def test_with_little_shared_memory_there_are_fewer_instances_and_smaller_photos(
     assert instances == 12
     assert 1_900_000 < max_pixels < 2_300_000
     assert warning.startswith("SHARED MEMORY: /dev/shm has 1,000 MB free instead of 10,434.")
-    assert f"more than {max_pixels:,} pixels are refused, instances: 12." in warning
+    assert f"more than {max_pixels:,} pixels and runs 12 instances." in warning
     assert "docker run --shm-size 11gb" in warning
     instances, max_pixels, _ = fit_shared_memory(12, 25_000_000, 64 << 20, message_bytes)
     assert instances == 1
@@ -269,8 +275,20 @@ def test_with_little_shared_memory_there_are_fewer_instances_and_smaller_photos(
 
 def test_an_answer_that_does_not_fit_into_its_memory_is_an_error():
     memory = AnswerMemory(np.empty(100, np.uint8), "cpu")
-    with pytest.raises(InvalidRequest, match="the answer is larger than the 100 bytes that this server sends"):
+    with pytest.raises(InvalidRequest, match="the answer exceeds this server's limit of 100 bytes"):
         memory.store({"a": np.zeros(60, np.uint8), "b": np.zeros(60, np.uint8)})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_answer_may_mix_arrays_of_the_host_with_tensors_of_the_device(device):
+    memory = AnswerMemory(np.zeros(1000, np.uint8), device)
+    read_only = np.frombuffer(b"file", np.uint8)
+    answer = memory.store({"file": read_only, "tensor": torch.arange(6.0, device=device).reshape(2, 3)})
+    if device == "cuda":
+        torch.cuda.synchronize()
+    assert answer["file"].tobytes() == b"file"
+    assert answer["tensor"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert answer["tensor"].dtype == np.float32
 
 
 def test_a_deferred_output_is_computed_from_a_copy_and_stored_behind_the_others():

@@ -114,6 +114,21 @@ def test_postprocessing_matches_numpy(device, sizes):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_call_that_failed_leaves_nothing_behind_for_the_next_one(device):
+    device = torch.device(device)
+    postprocess, probability = Postprocess(device, 2), torch.ones(1, 8, 8, device=device)
+    for value in (10, 20, 30):
+        batch, _ = Preprocess(device, 224)([as_array(encode(Image.new("RGB", (9, 7), 3 * (value,)), "PNG"))])
+        if value == 10:
+            with pytest.raises(RuntimeError):
+                postprocess(batch, probability, [0.5] * 3)  # more thresholds than the batch can have
+        else:
+            cut_out, mask = (to_arrays(output)[0] for output in postprocess(batch, probability, [0.5]))
+            assert (cut_out == value).all()
+            assert (mask == 255).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_postprocessing_at_the_ends_of_the_threshold(device, threshold):
     photo = Image.new("RGB", (30, 20), (10, 20, 30))

@@ -9,7 +9,8 @@ import torch
 
 from model_inference import pretrained_weights
 from server import NETWORK
-from weights.loading import DEMO_PATH, WeightsError, load_weights
+from serving.errors import UsageError
+from weights.loading import DEMO_PATH, load_weights
 
 URL = pretrained_weights(NETWORK).url
 
@@ -34,7 +35,7 @@ def cached_file(tmp_path, monkeypatch) -> Path:
 
 
 def refusal(choice: object, network: str = NETWORK) -> str:
-    with pytest.raises(WeightsError) as error:
+    with pytest.raises(UsageError) as error:
         load_weights(str(choice), network)
     assert len(str(error.value).splitlines()) == 1
     assert error.value.exit_status == 2
@@ -122,13 +123,13 @@ def test_the_demonstration_weights_detect_other_random_numbers(tmp_path):
     content = torch.load(DEMO_PATH, weights_only=True)
     content["fingerprint"] += 1
     torch.save(content, tmp_path / "demo.pt")
-    with pytest.raises(WeightsError, match="draws other random numbers than"):
+    with pytest.raises(UsageError, match="draws other random numbers than"):
         load_weights("demo", NETWORK, tmp_path / "demo.pt")
 
 
 def test_a_file_of_weights_is_not_taken_for_demonstration_weights(tmp_path):
     torch.save([1], tmp_path / "demo.pt")
-    with pytest.raises(WeightsError, match="is not a demonstration weights file: create it with "):
+    with pytest.raises(UsageError, match="is not a demonstration weights file: create it with "):
         load_weights("demo", NETWORK, tmp_path / "demo.pt")
 
 
