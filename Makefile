@@ -21,8 +21,8 @@ serve: .venv/run
 	$(BIN)/python server.py
 
 test: .venv/dev
-	@echo "Running the tests, which takes about 3 minutes on two cores. make test-long runs the others."
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@echo "Running the tests, which takes about 5 minutes on two cores. make test-long runs the others."
+	$(BIN)/python -m pytest
 
 test-long: .venv/dev
 	@echo "Running the long tests: fuzzing, a soak, memory growth, the proxy, attacks. This takes about 15 minutes on two cores."

@@ -12,6 +12,7 @@ from pytriton.proxy.types import Request
 
 import server
 from benchmark.photos import SIZES, photos
+from serving.channel import Channel, open_channels
 from serving.device import check_device
 from serving.memory import AnswerMemory
 from serving.worker import Runner
@@ -19,6 +20,7 @@ from serving.worker import Runner
 STAGES = ("preprocess", "network", "postprocess", "encode")  # as Segmentation calls them
 RUNNERS = {"cuda": 2, "cpu": 1}  # side by side, to keep a GPU busy
 LOOPS = {"cuda": 12, "cpu": 2}  # how often each batch is timed
+_channels: list[Channel] = []  # their memory is pinned, and stays until the end of the process
 PARALLEL_S = 2.0  # how long the threads run side by side
 
 
@@ -48,11 +50,13 @@ def measure_stages(device: str, batch_sizes: Sequence[int], progress: Callable[[
 def _make_batch(runner: Runner, size: int, outputs: list[str]) -> list[tuple[AnswerMemory, object]]:
     """Return jobs for photos of all sizes in turn, each with memory for its answer."""
     answer_bytes = server.answer_bytes(max(width * height for width, height in SIZES))
+    channels = open_channels(size, 0, answer_bytes)
+    _channels.extend(channels)
     batch = []
-    for index in range(size):
+    for index, channel in enumerate(channels):
         photo = np.frombuffer(photos()[index % len(photos())], np.uint8)
         job = runner.stages.read(Request(data={"image": photo}, parameters={}, requested_output_names=outputs))
-        batch.append((AnswerMemory(np.zeros(answer_bytes, np.uint8), runner.device), job))
+        batch.append((AnswerMemory(channel.answer_memory, runner.device), job))
     return batch
 
 

@@ -3,6 +3,7 @@
 
 import contextlib
 import io
+import mmap
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from client import Connection, InferenceError  # noqa: E402 - the project is not a package
 from serving.launch import LaunchedServer  # noqa: E402
+from serving.memory import AnswerMemory  # noqa: E402
 
 MODEL_NAME = "ResNet101"
 TOY_SERVER = ROOT / "tests" / "toy_server.py"
@@ -181,14 +183,6 @@ def running_together(servers: Mapping[str, Server]) -> Iterator[Mapping[str, Ser
 OFFLINE = dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9") | {"no_proxy": "", "NO_PROXY": ""}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that share a server in one process of pytest-xdist: those of a file, or of the session's server."""
-    for item in items:
-        group = "session" if "server" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server of the session, without options or a network: it serves the demonstration weights."""
@@ -297,6 +291,15 @@ def http_request(photo: bytes, model_name: str = MODEL_NAME) -> bytes:
         "Inference-Header-Content-Length: 0\r\n\r\n"
     )
     return head.encode() + photo
+
+
+_memories: list[AnswerMemory] = []
+
+
+def answer_memory(size: int, device: str) -> AnswerMemory:
+    """Return memory for an answer. It stays until the end of the process, because it may be pinned."""
+    _memories.append(AnswerMemory(np.frombuffer(mmap.mmap(-1, size), np.uint8), device))
+    return _memories[-1]
 
 
 def sample(class_name: str, size: tuple[int, int] | None = None) -> Image.Image:

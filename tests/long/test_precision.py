@@ -5,12 +5,11 @@ import argparse
 
 import numpy as np
 import pytest
-from conftest import DEVICES, SAMPLES, as_array, iou
+from conftest import DEVICES, SAMPLES, answer_memory, as_array, iou
 
 import server
 from encoders import ImageFile
 from server import Job, Segmentation
-from serving.memory import AnswerMemory
 from serving.worker import Runner
 
 
@@ -22,7 +21,7 @@ def test_masks_in_fp16_agree_with_those_in_fp32(device):
         for class_name, (path, _) in SAMPLES.items():
             classes = runner.stages.network.class_indices(class_name)
             job = Job(as_array(path.read_bytes()), classes, 0.6, ("original", "segmented"), ImageFile("jpeg", 95))
-            ((answer),) = runner([(AnswerMemory(np.empty(6 * 512 * 512, np.uint8), device), job)])
+            ((answer),) = runner([(answer_memory(6 * 512 * 512, device), job)])
             answers[class_name, precision] = {name: array.copy() for name, array in answer.items()}
     for class_name in SAMPLES:
         fast, exact = answers[class_name, "fp16"], answers[class_name, "fp32"]

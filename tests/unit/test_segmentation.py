@@ -5,14 +5,13 @@ import argparse
 
 import numpy as np
 import pytest
-from conftest import DEVICES, SAMPLES, as_array, encode, iou, sample
+from conftest import DEVICES, SAMPLES, answer_memory, as_array, encode, iou, sample
 from pytriton.proxy.types import Request
 
 import server
 from encoders import ImageFile
 from server import Job, Segmentation
 from serving.errors import InferenceFailed, InvalidRequest
-from serving.memory import AnswerMemory
 from serving.options import DEVICE_DEFAULTS
 from serving.worker import Runner
 
@@ -35,7 +34,7 @@ def runner(request) -> Runner:
 
 def job(runner: Runner, class_name: str, size: tuple[int, int] | None = None, outputs=BOTH):
     """Return a job for a sample photo, with memory for its answer."""
-    memory = AnswerMemory(np.empty(1281 * 851 * 6 + 64, np.uint8), runner.device)
+    memory = answer_memory(1281 * 851 * 6 + 64, runner.device)
     photo = as_array(encode(sample(class_name, size), "JPEG", quality=90))
     return memory, Job(photo, runner.stages.network.class_indices(class_name), 0.6, outputs, ImageFile("jpeg", 95))
 

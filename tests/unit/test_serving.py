@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, as_array
+from conftest import DEVICES, answer_memory, as_array
 from pytriton.proxy.types import Request
 
 from serving.batcher import Batcher
@@ -18,7 +18,7 @@ from serving.channel import FORK, SLACK_BYTES, lay_out, layout_of, open_channels
 from serving.errors import InferenceFailed, InvalidRequest, ServerError, UsageError
 from serving.instance import Instance
 from serving.lifecycle import Lifecycle
-from serving.memory import AnswerMemory, fit_shared_memory
+from serving.memory import fit_shared_memory
 from serving.photo import max_photo_bytes
 from serving.stages import Deferred
 
@@ -274,14 +274,14 @@ def test_with_little_shared_memory_there_are_fewer_instances_and_smaller_photos(
 
 
 def test_an_answer_that_does_not_fit_into_its_memory_is_an_error():
-    memory = AnswerMemory(np.empty(100, np.uint8), "cpu")
+    memory = answer_memory(100, "cpu")
     with pytest.raises(InvalidRequest, match="the answer exceeds this server's limit of 100 bytes"):
         memory.store({"a": np.zeros(60, np.uint8), "b": np.zeros(60, np.uint8)})
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_answer_may_mix_arrays_of_the_host_with_tensors_of_the_device(device):
-    memory = AnswerMemory(np.zeros(1000, np.uint8), device)
+    memory = answer_memory(1000, device)
     read_only = np.frombuffer(b"file", np.uint8)
     answer = memory.store({"file": read_only, "tensor": torch.arange(6.0, device=device).reshape(2, 3)})
     if device == "cuda":
@@ -292,7 +292,7 @@ def test_an_answer_may_mix_arrays_of_the_host_with_tensors_of_the_device(device)
 
 
 def test_a_deferred_output_is_computed_from_a_copy_and_stored_behind_the_others():
-    memory, source = AnswerMemory(np.zeros(1000, np.uint8), "cpu"), np.arange(5)
+    memory, source = answer_memory(1000, "cpu"), np.arange(5)
     stored = memory.store({"file": Deferred(lambda array: 2 * array, source), "raw": np.full(3, 7.0)})
     source[:] = 0  # a device reuses its memory for the next batch
     answer = memory.compute_deferred(stored)

@@ -199,5 +199,6 @@ def test_weights_too_large_for_fp16_are_noticed():
 def test_weights_too_large_for_fp16_are_served_in_fp32(caplog):
     state_dict = load_weights("demo", NETWORK)
     state_dict["classifier.4.weight"] = state_dict["classifier.4.weight"] * 1e6
-    assert load_network(NETWORK, state_dict, torch.device("cuda"), "auto", 224).precision == "fp32"
+    with torch.cuda.stream(torch.cuda.Stream()):  # on which it captures its graphs
+        assert load_network(NETWORK, state_dict, torch.device("cuda"), "auto", 224).precision == "fp32"
     assert "FP16 OVERFLOW" in caplog.text
