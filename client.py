@@ -162,7 +162,7 @@ def target_files(index: int, options: argparse.Namespace) -> dict[str, Path]:
 
 
 def segment_file(connection: Connection, path: Path, targets: Mapping[str, Path], options: argparse.Namespace) -> str:
-    """Send one photo, write its files, and return one line of report. Raises InferenceError and OSError."""
+    """Send one photo, write its files, and return one line of report. Raises what Pillow or the connection raises."""
     began = time.monotonic()
     encoded = path.read_bytes()
     if not encoded:
@@ -268,8 +268,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--image-paths",
         nargs="+",
         metavar="PATH",
-        default=[str(SAMPLE_PHOTO)],
-        help="photos to send: files, folders and patterns such as 'photos/*.jpg'",
+        default=argparse.SUPPRESS,
+        help="photos to send: files, folders and patterns such as 'photos/*.jpg' (default: images/orig.jpg)",
     )
     add(
         "--dump-images",
@@ -283,11 +283,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="how the server sends the cut-out; jpeg, png and webp files are written unchanged",
     )
     add("--mask", action="store_true", help="write mask0.png, ...: white where the class was found")
-    add(
-        "--skip-existing",
-        action="store_true",
-        help="skip photos whose files exist, to resume a run",
-    )
+    add("--skip-existing", action="store_true", help="skip photos whose files exist, to resume a run")
     add("--output-dir", type=Path, default=Path(), help="folder for the files; created if missing")
     add("--url", default="http://127.0.0.1:8000", help="http://host:port, grpc://host:port or host")
     add("--init-timeout-s", type=float, default=30, help="seconds to wait for the model to be ready")
@@ -304,7 +300,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--concurrency", type=int, default=4, help="how many photos to keep in flight")
     add("--verbose", action="store_true", help="log what Triton's client does")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(arguments, argparse.Namespace(image_paths=[str(SAMPLE_PHOTO)]))
     if options.concurrency < 1:
         parser.error(f"argument --concurrency: must be at least 1, not {options.concurrency}")
     if options.skip_existing and not target_files(0, options):

@@ -58,7 +58,7 @@ class Encode:
         if name not in DEFAULT_QUALITY:
             raise InvalidRequest(f"format must be one of {', '.join(DEFAULT_QUALITY)}, not {shorten(name)}")
         quality = parameters.get("quality", DEFAULT_QUALITY[name])
-        if type(quality) not in (int, float) or quality != int(quality) or not 1 <= quality <= 100:
+        if type(quality) not in (int, float) or not 1 <= quality <= 100 or quality != int(quality):
             raise InvalidRequest(f"quality must be a whole number between 1 and 100, not {shorten(quality)}")
         return ImageFile(name, int(quality))
 

@@ -14,6 +14,8 @@ DEVICE_DEFAULTS = {
     "cuda": {"instances": 12, "max_batch_size": 7, "max_queue": 512},
     "cpu": {"instances": 4, "max_batch_size": 4, "max_queue": 12},
 }
+DEFAULT_ADDRESS = "127.0.0.1"
+DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 MAX_INSTANCES = max(defaults["instances"] for defaults in DEVICE_DEFAULTS.values())
 
 
@@ -96,11 +98,11 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--address",
         type=ip_address,
-        help="IPv4 address or host name to listen on, 0.0.0.0 for all (default: 127.0.0.1)",
+        help=f"IPv4 address or host name to listen on, 0.0.0.0 for all (default: {DEFAULT_ADDRESS})",
         default=argparse.SUPPRESS,
     )
     add("--behind-proxy", action="store_true", help="do not warn that --address exposes Triton; see docs/security.md")
-    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+    for name, port in DEFAULT_PORTS.items():
         add(
             f"--{name}-port",
             type=number(int, 1, 65535),

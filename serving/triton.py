@@ -25,6 +25,7 @@ from pytriton.utils.distribution import get_stub_path
 
 from serving.errors import ServerError, UsageError
 from serving.lifecycle import Lifecycle
+from serving.options import DEFAULT_ADDRESS, DEFAULT_PORTS
 
 # Seconds that Triton waits for clients to close their connections when it exits. `docker stop` kills after 10 s.
 EXIT_TIMEOUT_S = 2
@@ -48,7 +49,6 @@ TOKEN = re.compile(r"[\w-]{16,}", re.ASCII)
 # usual 8 MB, a few megabytes from a client end it. A thread's stack takes memory only as far as it is used.
 STACK_BYTES = 1 << 30
 
-PROTOCOLS = ("http", "grpc", "metrics")
 LOGGER = logging.getLogger("server")
 
 
@@ -143,10 +143,8 @@ class Triton:
 def _configure(options: argparse.Namespace) -> TritonConfig:
     """Return Triton's configuration: options of the command line, then of the environment, then defaults."""
     config: dict[str, object] = {
-        "http_port": 8000,
-        "grpc_port": 8001,
-        "metrics_port": 8002,
-        **{f"{protocol}_address": "127.0.0.1" for protocol in PROTOCOLS},
+        **{f"{protocol}_port": port for protocol, port in DEFAULT_PORTS.items()},
+        **{f"{protocol}_address": DEFAULT_ADDRESS for protocol in DEFAULT_PORTS},
         # Without a GPU, Triton would print that it cannot measure one.
         "allow_gpu_metrics": Path("/dev/nvidiactl").exists(),
         # Triton would listen on a further port if the environment has AIP_MODE=PREDICTION.
@@ -162,7 +160,7 @@ def _configure(options: argparse.Namespace) -> TritonConfig:
     except (TypeError, ValueError) as error:
         raise UsageError(f"invalid environment variable PYTRITON_TRITON_CONFIG_...: {error}") from error
     config |= {name: value for name, value in from_environment.items() if value is not None}
-    for protocol in PROTOCOLS:
+    for protocol in DEFAULT_PORTS:
         if hasattr(options, "address"):
             config[f"{protocol}_address"] = options.address
         if hasattr(options, f"{protocol}_port"):
@@ -181,7 +179,7 @@ def _secure(options: argparse.Namespace) -> TritonSecurityConfig:
 
 
 def _listening(config: TritonConfig) -> Iterator[tuple[str, str, int]]:
-    for protocol in PROTOCOLS:
+    for protocol in DEFAULT_PORTS:
         if getattr(config, f"allow_{protocol}") in (True, None):
             yield protocol, getattr(config, f"{protocol}_address"), getattr(config, f"{protocol}_port")
 

@@ -158,8 +158,8 @@ class _Worker:
         self.channels = channels
         self.device = device
         self.status, worker_end = Pipe()
-        arguments = (os.getpid(), stages, options, device, channels, shm_bytes, answer_bytes, worker_end)
-        self._process = FORK.Process(target=_run, args=arguments)
+        build = partial(_build, stages, options, device, channels, shm_bytes, answer_bytes)
+        self._process = FORK.Process(target=_run, args=(os.getpid(), build, worker_end))
         self._process.start()
         worker_end.close()
 
@@ -217,16 +217,7 @@ class Runner:
         ]
 
 
-def _run(
-    parent: int,
-    stages: type[Stages],
-    options: argparse.Namespace,
-    device: str,
-    channels: Sequence[Channel],
-    shm_bytes: int,
-    answer_bytes: Callable[[int], int],
-    status: connection.Connection,
-) -> None:
+def _run(parent: int, build: Callable[[], tuple[Batcher, _Ready]], status: connection.Connection) -> None:
     """Entry point of the worker process."""
     # Ctrl-C in a terminal reaches this process, too. It has requests to finish; the server ends it.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -236,7 +227,7 @@ def _run(
         os._exit(1)
     try:
         try:
-            batcher, report = _build(stages, options, resolve_device(device), channels, shm_bytes, answer_bytes)
+            batcher, report = build()
         except RuntimeError as error:  # torch's and DALI's, typically about a GPU whose memory is full
             LOGGER.debug("a worker failed to start", exc_info=error)
             reason = str(error).strip().splitlines()[0]
@@ -258,7 +249,8 @@ def _build(
     shm_bytes: int,
     answer_bytes: Callable[[int], int],
 ) -> tuple[Batcher, _Ready]:
-    """Build the stages on the device. Raises ServerError."""
+    """Build the stages on the device that ``--device`` names. Raises ServerError."""
+    device = resolve_device(device)
     device_type = device.split(":")[0]
     warnings = BufferingHandler(capacity=1000)
     warnings.setLevel(logging.WARNING)

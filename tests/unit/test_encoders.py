@@ -58,6 +58,7 @@ def test_the_colors_of_a_jpeg_keep_their_resolution(device):
         ({"format": "webp"}, ImageFile("webp", 80)),
         ({"format": "png", "quality": 1}, ImageFile("png", 1)),
         ({"quality": 100}, ImageFile("jpeg", 100)),
+        ({"quality": 90.0}, ImageFile("jpeg", 90)),  # JSON and gRPC clients may send any number as a double
     ],
 )
 def test_the_format_and_the_quality_have_defaults(parameters, expected):
@@ -72,6 +73,8 @@ def test_the_format_and_the_quality_have_defaults(parameters, expected):
         ({"quality": 0}, "quality must be a whole number between 1 and 100, not 0"),
         ({"quality": 101}, "quality must be a whole number between 1 and 100, not 101"),
         ({"quality": 9.5}, "quality must be a whole number between 1 and 100, not 9.5"),
+        ({"quality": float("nan")}, "quality must be a whole number between 1 and 100, not nan"),
+        ({"quality": float("inf")}, "quality must be a whole number between 1 and 100, not inf"),
         ({"quality": True}, "quality must be a whole number between 1 and 100, not True"),
         ({"quality": "high"}, "quality must be a whole number between 1 and 100, not 'high'"),
     ],
