@@ -21,7 +21,7 @@ serve: .venv/run
 	$(BIN)/python server.py
 
 test: .venv/dev
-	@echo "Running the tests, which takes about 5 minutes on two cores. make test-long runs the others."
+	@echo "Running the tests, which takes about 4 minutes on two cores. make test-long runs the others."
 	$(BIN)/python -m pytest
 
 test-long: .venv/dev
@@ -43,24 +43,29 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Pin everything that the two short lists need, with hashes.
-lock: .venv/dev
-	for list in requirements requirements-dev; do $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
-	    --upgrade --generate-hashes --custom-compile-command "make lock" $$list.in -o $$list.txt; done
+# Pin everything that the short lists need, with hashes.
+lock: .venv/uv
+	for list in requirements-uv requirements requirements-dev; do $(BIN)/uv pip compile --quiet --universal \
+	    --python-version 3.11 --upgrade --generate-hashes --custom-compile-command "make lock" $$list.in -o $$list.txt; done
 
-# Show only the lines of pip about packages of 100 MB or more.
-LARGE_PACKAGES := 's/^ *(Downloading|Using cached) ([^ ]+) (\([0-9]{3,}.*)/    \1 \2 \3/p; s/^Installing .*/    Unpacking/p'
+# What uv says, without the packages below 100 MB and the list of all of them at the end.
+INSTALL := $(BIN)/uv pip install --python $(BIN)/python --require-hashes --compile-bytecode
+SUMMARY := grep --line-buffered -vE '^ ([-+~]|Downloaded) |^Downloading .*\([0-9.]{1,4}MiB|KiB'
 
 # Created once, and updated when the requirements change.
-.venv/run: requirements.txt
+.venv/uv: requirements-uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 13) else \
 	    f"$(PYTHON) is Python {sys.version.split()[0]}, but 3.11 or 3.12 is required: make $(MAKECMDGOALS) PYTHON=python3.12")'
-	@echo "Installing the packages into .venv: about 8 GB, which takes 2 to 5 minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --disable-pip-version-check --progress-bar off --require-hashes -r requirements.txt | sed -unE $(LARGE_PACKAGES)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.txt
+	@touch $@
+
+.venv/run: requirements.txt .venv/uv
+	@echo "Installing the packages into .venv: about 7 GB, which takes 1 to 5 minutes."
+	@$(INSTALL) -r requirements.txt 2>&1 | $(SUMMARY)
 	@touch $@
 
 .venv/dev: requirements-dev.txt .venv/run
 	@echo "Installing the packages for the tests."
-	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@$(INSTALL) --quiet -r requirements-dev.txt
 	@touch $@

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server that inverts photos, without torch and DALI: it starts in two seconds, and shows that serving/ is general.
 
-Parameters of a request: ``add`` (to each inverted pixel), ``sleep_s``, ``raise`` (a message) and ``exit``.
+Parameters of a request: ``add`` (to each inverted pixel), ``sleep_s``, ``hold`` (until a file exists), ``raise`` (a
+message) and ``exit``.
 """
 
 import argparse
@@ -56,6 +57,10 @@ class Inversion(Stages):
             if seconds := float(parameters.get("sleep_s", 0)):
                 LOGGER.info("sleeping for %g s", seconds)
                 time.sleep(seconds)
+            if path := parameters.get("hold"):
+                LOGGER.info("holding until %s exists", path)
+                while not Path(path).exists():
+                    time.sleep(0.01)
             if "raise" in parameters:
                 raise ValueError(parameters["raise"])
             if "exit" in parameters:

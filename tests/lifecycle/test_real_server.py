@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """server.py itself, where the network, the weights or a GPU make a difference. The other tests here use the toy."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import (
     NEEDS_GPU,
     PHOTO,
-    PROTOCOLS,
     ROOT,
     SAMPLES,
     Server,
@@ -21,13 +17,11 @@ from conftest import (
     running_server,
     sample,
     wait_for,
-    with_tmpfs,
 )
 
 from client import InferenceError
 from model_inference import pretrained_weights
 from server import NETWORK
-from weights.loading import load_weights
 
 CAT = SAMPLES["cat"][0].read_bytes()
 
@@ -48,50 +42,14 @@ def test_without_pretrained_weights_the_server_falls_back_loudly_to_the_demonstr
     assert psnr(server.connect("http").infer(PHOTO, ("original",))["original"][0], decode(PHOTO)) > 40
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with your own weights and many options, on a small disk."""
-    folder = tmp_path_factory.mktemp("own")
-    # The network of the demonstration in double precision, with what torchvision's own files also contain.
-    state_dict = {
-        name: value.double() if value.is_floating_point() else value
-        for name, value in load_weights("demo", NETWORK).items()
-    }
-    torch.save(state_dict | {"aux_classifier.4.bias": torch.zeros(21)}, folder / "own.pth")
-    options = "--weights own.pth --class-name cat --threshold 0.5 --device cpu --instances 2 --max-batch-size 2"
-    options += " --input-size 225 --max-pixels 200000 --precision fp32 --address localhost"
-    with running_server(folder / "log", *options.split(), prefix=with_tmpfs("$PYTRITON_HOME", "64m")) as server:
-        yield server
-
-
-def test_the_server_does_what_its_options_say(own):
-    assert own.connect("grpc").infer(CAT)["segmented"].any(axis=3).mean() > 0.7
-    with pytest.raises(InferenceError, match="this server accepts at most 200000 pixels"):
-        own.connect("http").infer(PHOTO)
-    assert "DEMONSTRATION" not in own.log.read_text()
-
-
-def test_a_bad_photo_costs_the_others_in_its_batch_nothing(own):
-    bad, connection = encode(sample("cat"), "PNG")[:20_000], own.connect("grpc")
+def test_a_bad_photo_costs_the_others_in_its_batch_nothing(server):
+    bad, connection = encode(sample("cat"), "PNG")[:20_000], server.connect("grpc")
     with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(connection.infer, photo) for photo in (CAT, bad) * 3]
+        answers = [pool.submit(connection.infer, photo, (), {"class_name": "cat"}) for photo in (CAT, bad) * 3]
         for good, refused in zip(answers[::2], answers[1::2], strict=True):
             with pytest.raises(InferenceError, match="the photo cannot be decoded"):
                 refused.result()
             assert good.result()["segmented"].any(axis=3).mean() > 0.3
-
-
-def test_a_running_server_outlives_a_full_disk_and_changes_of_its_weights(own):
-    connections = [own.connect(protocol) for protocol in PROTOCOLS]
-    before = connections[0].infer(CAT)["segmented"]
-    filler = Path(f"/proc/{own.process.pid}/root{own.home}/filler")  # as the server sees it
-    with pytest.raises(OSError, match="No space left"):
-        filler.write_bytes(bytes(1 << 27))
-    (own.log.parent / "own.pth").write_bytes(b"half an upload")
-    for connection in connections:
-        np.testing.assert_array_equal(connection.infer(CAT)["segmented"], before)
-    assert own.stop() == 0
-    assert own.left_behind() == []
 
 
 def assert_both_workers_answer(server: Server) -> None:

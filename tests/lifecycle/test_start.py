@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the server starts: what stops it, what it falls back to, and what a signal in between does."""
 
+import argparse
 import signal
 import socket
+import sys
+from collections import namedtuple
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -65,25 +68,40 @@ def test_a_worker_that_does_not_start_ends_the_server_with_one_line(arguments, s
         assert server.left_behind() == []
 
 
-@pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--metrics-port"])
-def test_a_port_in_use_is_named_with_its_option(flag):
+def serving_options(*arguments: object) -> argparse.Namespace:
+    """Return the options of a server that gets these arguments."""
     parser = make_parser("A server.")
     add_serving_options(parser)
+    return parser.parse_args(list(map(str, arguments)))
+
+
+@pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--metrics-port"])
+def test_a_port_in_use_is_named_with_its_option(flag):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UsageError) as error:
-            Triton(parser.parse_args([flag, str(port)]), Lifecycle(2))
+            Triton(serving_options(flag, port), Lifecycle(2))
     assert str(error.value) == (
         f"cannot listen on 127.0.0.1:{port} (Address already in use): choose another {flag} or --address"
     )
 
 
+def test_an_address_of_another_machine_is_named():
+    with pytest.raises(UsageError, match=r"cannot listen on 192\.0\.2\.1:8000 \(Cannot assign requested address\)"):
+        Triton(serving_options("--address", "192.0.2.1"), Lifecycle(2))
+
+
+def test_another_version_of_python_is_named(monkeypatch):
+    http, grpc, metrics = free_ports()
+    monkeypatch.setattr(sys, "version_info", namedtuple("Version", "major minor")(3, 15))
+    with pytest.raises(UsageError, match=r"PyTriton does not support Python 3\.15; use Python 3\.11 or 3\.12"):
+        Triton(serving_options("--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics), Lifecycle(2))
+
+
 def test_two_ports_that_are_the_same_are_refused():
-    parser = make_parser("A server.")
-    add_serving_options(parser)
     port = free_ports(1)[0]
     with pytest.raises(UsageError, match="choose another --metrics-port"):
-        Triton(parser.parse_args(["--http-port", str(port), "--metrics-port", str(port)]), Lifecycle(2))
+        Triton(serving_options("--http-port", port, "--metrics-port", port), Lifecycle(2))
 
 
 def test_triton_options_come_from_the_environment_and_the_command_line_wins(servers):

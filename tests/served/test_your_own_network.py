@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/your-own-network.md: its code, taken from the page, serves a classifier and another segmentation network."""
+"""docs/your-own-network.md: its code, taken from the page, serves a classifier and another segmentation network.
+
+The latter has its own weights, and many options.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +19,7 @@ from client import InferenceError
 
 PAGE = (ROOT / "docs" / "your-own-network.md").read_text()
 CLASS_NAMES = FCN_ResNet50_Weights.DEFAULT.meta["categories"]
+INPUT_SIZE = 225
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -37,10 +41,10 @@ def random_network(name: str, last_layer: str, **options: object) -> torch.nn.Mo
     return network
 
 
-def small_image() -> torch.Tensor:
-    """Return the sample photo as the network sees it, float32 ``[1, 3, 224, 224]``, made by torchvision."""
+def small_image(size: int = 224) -> torch.Tensor:
+    """Return the sample photo as the network sees it, float32 ``[1, 3, S, S]``, made by torchvision."""
     photo = v2.functional.pil_to_tensor(sample("person")).float() / 255
-    return v2.functional.normalize(v2.functional.resize(photo, [224, 224], antialias=True), MEAN, STD)[None]
+    return v2.functional.normalize(v2.functional.resize(photo, [size, size], antialias=True), MEAN, STD)[None]
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +58,19 @@ def segmenter() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory, classifier, segmenter) -> Iterator[Mapping[str, Server]]:
-    """The servers of the page, and one that cannot start. All at once, which is faster."""
+def found(segmenter) -> tuple[str, float, np.ndarray]:
+    """Return the class of which there is most in the sample photo, the median of its probability, and its mask."""
+    with torch.inference_mode():
+        probabilities = segmenter(small_image(INPUT_SIZE))["out"].softmax(dim=1)
+    index = int(probabilities.mean(dim=(0, 2, 3)).argmax())
+    large = torch.nn.functional.interpolate(probabilities, size=(512, 512), mode="bilinear")[0, index]
+    threshold = float(large.median())
+    return CLASS_NAMES[index], threshold, (large > threshold).numpy()
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory, classifier, segmenter, found) -> Iterator[Mapping[str, Server]]:
+    """The servers of the page. Both at once, which is faster."""
     folder = tmp_path_factory.mktemp("own")
     # The page says to save files beside server.py. These import what is there without lying there.
     environment = {"PYTHONPATH": str(ROOT), "TORCH_HOME": str(folder)}
@@ -73,15 +88,18 @@ def servers(tmp_path_factory, classifier, segmenter) -> Iterator[Mapping[str, Se
 
     def start(script: str, model_name: str, *arguments: object) -> Server:
         log = folder / f"{script} {model_name}.log"
+        arguments += ("--instances", 1, "--max-batch-size", 1, "--max-pixels", 300_000)
         return Server(log, *arguments, script=folder / script, model_name=model_name, environment=environment)
 
-    with start("fcn_server.py", "demo", "--weights", "demo") as demo:
-        servers = {
-            "classifier": start("classifier.py", "Classifier", "--max-pixels", 300_000),  # it has these options, too
-            "FCN": start("fcn_server.py", "ResNet101", "--weights", "fcn.pth"),
-        }
-        with running_together(servers) as running:
-            yield running | {"FCN with demo weights": demo}
+    class_name, threshold, _ = found
+    options = ["--weights", "fcn.pth", "--class-name", class_name, "--threshold", threshold]
+    options += ["--input-size", INPUT_SIZE, "--precision", "fp32", "--address", "localhost"]
+    servers = {
+        "classifier": start("classifier.py", "Classifier"),
+        "FCN": start("fcn_server.py", "ResNet101", *options),
+    }
+    with running_together(servers) as running:
+        yield running
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -99,27 +117,25 @@ def test_the_classifier_on_the_page_gives_torchvisions_probabilities(servers, cl
         connection.infer(encode(sample("person", (600, 600)), "JPEG"))
 
 
-def test_the_network_changes_with_one_line(servers, segmenter):
-    with torch.inference_mode():
-        probabilities = segmenter(small_image())["out"].softmax(dim=1)
-    large = torch.nn.functional.interpolate(probabilities, size=(512, 512), mode="bilinear")[0]
-    index = int(probabilities.mean(dim=(0, 2, 3)).argmax())
-    threshold = float(large[index].median())
-    parameters = {"class_name": CLASS_NAMES[index], "threshold": threshold}
-    for protocol in PROTOCOLS:
-        answer = servers["FCN"].connect(protocol).infer(PHOTO, ("original", "segmented"), parameters)
-        original, segmented = answer["original"][0], answer["segmented"][0]
-        assert psnr(original, decode(PHOTO)) > 40
-        visible = original.any(axis=2)
-        assert iou(segmented.any(axis=2), (large[index] > threshold).numpy() & visible) > 0.95
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_network_changes_with_one_line_and_the_server_does_what_its_options_say(servers, found, protocol):
+    connection = servers["FCN"].connect(protocol)
+    answer = connection.infer(PHOTO)
+    original, segmented = answer["original"][0], answer["segmented"][0]
+    assert psnr(original, decode(PHOTO)) > 40
+    assert iou(segmented.any(axis=2), found[2] & original.any(axis=2)) > 0.95
+    with pytest.raises(InferenceError, match="this server accepts at most 300000 pixels"):
+        connection.infer(encode(sample("person", (600, 600)), "JPEG"))
+    assert "DEMONSTRATION" not in servers["FCN"].log.read_text()
 
 
-def test_demonstration_weights_of_another_network_are_one_line(servers):
-    server = servers["FCN with demo weights"]
-    assert server.process.wait(timeout=60) == 2
-    log = server.log.read_text()
-    assert re.match(r"fcn_server.py: .*demo.pt does not fit fcn_resnet50: ", log.splitlines()[-1])
-    assert "Traceback" not in log
+def test_a_running_server_outlives_changes_of_its_weights_and_stops_cleanly(servers):
+    server = servers["FCN"]
+    before = server.connect("http").infer(PHOTO)["segmented"]
+    (server.log.parent / "fcn.pth").write_bytes(b"half an upload")
+    np.testing.assert_array_equal(server.connect("grpc").infer(PHOTO)["segmented"], before)
+    assert server.stop() == 0
+    assert server.left_behind() == []
 
 
 def test_both_changes_are_short():
