@@ -22,7 +22,8 @@ serve: .venv/run
 
 test: .venv/dev
 	@echo "Running the tests, which takes about 4 minutes on two cores. make test-long runs the others."
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/unit tests/served
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/lifecycle
 
 test-long: .venv/dev
 	@echo "Running the long tests: fuzzing, a soak, memory growth, the proxy, attacks. This takes about 15 minutes on two cores."

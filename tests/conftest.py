@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import torch
 from PIL import Image, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,8 +29,6 @@ from serving.memory import AnswerMemory  # noqa: E402
 
 MODEL_NAME = "ResNet101"
 TOY_SERVER = ROOT / "tests" / "toy_server.py"
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=NEEDS_GPU)]
 PROTOCOLS = ("http", "grpc")
 # The photo and the reference mask of each sample, by its class.
 SAMPLES = {

@@ -62,7 +62,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
                 pool.submit(infer_until_refused, servers[how].connect(protocol), sleep_s=0.1)
                 for protocol in PROTOCOLS * 10
             ]
-        for how, seconds in (("long drain", 1.5), ("short drain", 100), ("killed Triton", 3)):
+        for how, seconds in (("long drain", 1.5), ("short drain", 100), ("killed Triton", 100)):
             stopped[how].clients = [
                 pool.submit(servers[how].connect(protocol).infer, PHOTO, (), {"sleep_s": seconds})
                 for protocol in PROTOCOLS

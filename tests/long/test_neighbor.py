@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import NEEDS_GPU, PHOTO, encode, running_server, sample
+from conftest import PHOTO, encode, running_server, sample
+from gpu import NEEDS_GPU
 
 from client import InferenceError
 

@@ -5,7 +5,8 @@ import argparse
 
 import numpy as np
 import pytest
-from conftest import DEVICES, SAMPLES, answer_memory, as_array, iou
+from conftest import SAMPLES, answer_memory, as_array, iou
+from gpu import DEVICES
 
 import server
 from encoders import ImageFile

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL_NAME, NEEDS_GPU, SAMPLES, decode, encode, iou, psnr, running_server, sample
+from conftest import MODEL_NAME, SAMPLES, decode, encode, iou, psnr, running_server, sample
+from gpu import NEEDS_GPU
 from PIL import Image, ImageOps
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights, deeplabv3_resnet101
 from torchvision.transforms import v2

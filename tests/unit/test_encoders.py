@@ -6,7 +6,8 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, psnr, sample
+from conftest import psnr, sample
+from gpu import DEVICES
 from PIL import Image
 
 from encoders import Encode, ImageFile

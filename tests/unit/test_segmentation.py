@@ -5,7 +5,8 @@ import argparse
 
 import numpy as np
 import pytest
-from conftest import DEVICES, SAMPLES, answer_memory, as_array, encode, iou, sample
+from conftest import SAMPLES, answer_memory, as_array, encode, iou, sample
+from gpu import DEVICES
 from pytriton.proxy.types import Request
 
 import server

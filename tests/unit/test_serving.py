@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, answer_memory, as_array
+from conftest import answer_memory, as_array
+from gpu import DEVICES
 from pytriton.proxy.types import Request
 
 from serving.batcher import Batcher

@@ -6,7 +6,8 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, SAMPLES, as_array, decode, encode, psnr, sample
+from conftest import SAMPLES, as_array, decode, encode, psnr, sample
+from gpu import DEVICES
 from PIL import Image
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights, deeplabv3_resnet101
 from torchvision.transforms import v2

@@ -1,23 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""server.py itself, where the network, the weights or a GPU make a difference. The other tests here use the toy."""
+"""server.py as a whole: what it falls back to, a batch with a bad photo, several GPUs and a lost one."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import (
-    NEEDS_GPU,
-    PHOTO,
-    ROOT,
-    SAMPLES,
-    Server,
-    decode,
-    encode,
-    psnr,
-    running_server,
-    sample,
-    wait_for,
-)
+from conftest import PHOTO, ROOT, SAMPLES, Server, decode, encode, psnr, running_server, sample, wait_for
+from gpu import NEEDS_GPU
 
 from client import InferenceError
 from model_inference import pretrained_weights
