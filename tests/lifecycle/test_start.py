@@ -230,8 +230,9 @@ def test_a_worker_whose_server_dies_before_the_worker_can_watch_it_ends(tmp_path
 
 
 def test_verbose_shows_the_log_of_triton(servers):
-    assert "Started HTTPService at 127.0.0.1" in servers["environment"].log.read_text()
-    assert "Started HTTPService" not in servers["two workers"].log.read_text()
+    # Any of its lines: some are torn, because the server writes into the same file.
+    assert "http_server.cc:" in servers["environment"].log.read_text()
+    assert "http_server.cc:" not in servers["two workers"].log.read_text()
 
 
 def test_a_server_that_a_shell_starts_in_the_background_listens_to_sigint(tmp_path):
