@@ -51,7 +51,7 @@ lock: .venv/uv
 
 # What uv says, without the packages below 100 MB and the list of all of them at the end.
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --require-hashes --compile-bytecode
-SUMMARY := grep --line-buffered -vE '^ ([-+~]|Downloaded) |^Downloading .*\([0-9.]{1,4}MiB|KiB'
+SUMMARY := grep --line-buffered -vE '^ ([-+~]|Downloaded) |^Uninstalled |^Downloading .*\([0-9.]{1,4}MiB|KiB'
 
 # Created once, and updated when the requirements change.
 .venv/uv: requirements-uv.txt
