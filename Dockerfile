@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# To renew the base image, choose the newest 3.11 of its tags. To pin its contents as well, append @ and the digest that
+# To update the base image, choose the newest 3.11 of its tags. To pin its contents as well, append @ and the digest that
 # this prints: docker buildx imagetools inspect python:3.11.15-slim-bookworm
 FROM python:3.11.15-slim-bookworm
 

@@ -104,7 +104,7 @@ class Connection:
     ) -> dict[str, np.ndarray]:
         """Return the outputs that are named, or the server's default ones, with a batch dimension of 1.
 
-        ``encoded`` are the bytes of a photo. If the server has not started after ``timeout_us``, it never does.
+        ``encoded`` are the bytes of a photo. The server refuses it once it has waited for ``timeout_us`` microseconds.
         """
         options = {"client_timeout": REQUEST_TIMEOUT_S} if self._triton is tritonclient.grpc else {}
         if outputs:
@@ -259,7 +259,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line. A mistake ends the process with one line and status 2."""
     parser = argparse.ArgumentParser(
         description=f"Send photos to the model {MODEL_NAME}, and report or write what comes back.",
-        usage=argparse.SUPPRESS,  # it would stand above every error message
+        usage=argparse.SUPPRESS,  # it would appear above every error message
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -304,7 +304,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.concurrency < 1:
         parser.error(f"argument --concurrency: must be at least 1, not {options.concurrency}")
     if options.skip_existing and not target_files(0, options):
-        parser.error("argument --skip-existing: needs --dump-images, --format or --mask, which write files")
+        parser.error("argument --skip-existing: needs --dump-images, --mask or a --format other than raw")
     options.parameters = {
         name: getattr(options, name) for name in ("class_name", "threshold") if hasattr(options, name)
     }

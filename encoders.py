@@ -30,7 +30,7 @@ class ImageFile:
     quality: int  # 1 to 100
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Raise InvalidRequest if the format has no room for so many pixels, width and height."""
+        """Raise InvalidRequest if the photo, width and height, is too large for the format."""
         if max(size) > MAX_SIDE[self.format]:
             raise InvalidRequest(
                 f"a {self.format} file can be at most {MAX_SIDE[self.format]} pixels wide and high, but the photo is "
@@ -47,7 +47,7 @@ class Encode:
         self._encoder = nvimgcodec.Encoder(
             device_id=device.index or 0 if on_gpu else nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
             max_num_cpu_threads=1,  # nvJPEG is slower with more
-            # Without a fallback from one to the other, which would go unnoticed. nvJPEG counts as hybrid.
+            # One backend, because a fallback to the other would go unnoticed. nvJPEG counts as hybrid.
             backends=[nvimgcodec.Backend(nvimgcodec.HYBRID_CPU_GPU if on_gpu else nvimgcodec.CPU_ONLY)],
         )
 

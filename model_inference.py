@@ -110,7 +110,7 @@ class SegmentationNetwork:
 
 
 def add_classes(probabilities: torch.Tensor, classes: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return the probability that a pixel belongs to any of the classes wanted of each image, float32 ``[N, S, S]``.
+    """Return the probability of the classes that are requested for each image, added up, float32 ``[N, S, S]``.
 
     ``probabilities`` is float32 ``[N, C, S, S]``, and ``classes`` has one index or more for each image.
     """

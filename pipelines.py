@@ -15,7 +15,7 @@ from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
 from serving.errors import InvalidRequest
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0 to 1, as torchvision's weights were trained with
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0 to 1, with which torchvision's weights were trained
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # The statuses of nvImageCodec that blame the file: invalid parameter, bad or unsupported code stream, as seen by a

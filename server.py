@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 # torch, torchvision and DALI take seconds to import. They are imported where they are used, in the worker process, so
 # that a mistake on the command line is answered at once.
 
-# The contract: what clients send and get, and with which network. This and the class below is what changes if you serve
-# another network; see docs/your-own-network.md.
+# The contract: what clients send and get, and with which network. Change this and the class below to serve another
+# network; see docs/your-own-network.md.
 MODEL_NAME = "ResNet101"
 NETWORK = "deeplabv3_resnet101"  # torchvision's name; its pretrained weights come with the names of the classes
 INPUTS = [
@@ -48,7 +48,7 @@ DEFAULT_OUTPUTS = ("original", "segmented")
 
 
 def answer_bytes(pixels: int) -> int:
-    """Return the maximum size of an answer in bytes, for photos of at most this many pixels: the default outputs."""
+    """Return the maximum size of an answer in bytes for a photo of so many pixels: enough for the default outputs."""
     return 2 * 3 * pixels
 
 
@@ -148,7 +148,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--weights",
         default="auto",
         help="pretrained (torchvision's, downloaded once), demo (knows only the two sample photos), the path of a "
-        "state dict, or auto: pretrained, and demo if those are not available",
+        "state dict, or auto: pretrained, or demo if those are not available",
     )
     add("--class-name", default="person", help="class to cut out if a request names none; several: cat,dog")
     add(

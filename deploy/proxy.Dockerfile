@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# The proxy: Debian's nginx, which is what the tests try, with Debian's security fixes as of the build. To renew it, choose
-# the newest 12 of the base image's tags, and build with --no-cache.
+# The proxy: Debian's nginx, the one that is tested, with Debian's security fixes as of the build. To update it, choose the
+# newest 12 of the base image's tags, and build with --no-cache.
 FROM debian:12.14-slim
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends nginx \
@@ -10,7 +10,7 @@ USER www-data
 EXPOSE 8080 8081
 # Finish the requests in flight.
 STOPSIGNAL SIGQUIT
-# By way of the proxy, which tells whether clients are answered.
+# Through the proxy, which tells whether clients are answered.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=5s CMD ["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/8080 \
     && printf 'GET /v2/models/ResNet101/ready HTTP/1.0\\r\\n\\r\\n' >&3 && head -n 1 <&3 | grep -q ' 200 '"]
 CMD ["nginx", "-p", "/tmp", "-c", "/etc/proxy/nginx.conf"]

@@ -49,8 +49,8 @@ class Channel:
         The arrays stay valid until the next call. ``message`` is anything that can be pickled.
 
         Raises ValueError if the request does not fit into the channel, ConnectionError if the other process is gone,
-        TimeoutError if it has answered nobody for ``timeout_s`` seconds, and whatever exception it answers with. After
-        a TimeoutError the channel is broken: a late answer must not become the answer to the next call.
+        TimeoutError if it has answered no request for ``timeout_s`` seconds, and whatever exception it answers with.
+        After a TimeoutError the channel is broken: a late answer must not become the answer to the next call.
         """
         layout = layout_of(arrays)
         self._request.write((layout, message))
@@ -110,7 +110,7 @@ def layout_of(arrays: Mapping[str, np.ndarray]) -> Layout:
 
 
 def lay_out(memory: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
-    """Return arrays of this layout, one behind the other in ``memory``, uint8 ``[N]``.
+    """Return arrays of this layout, one after another in ``memory``, uint8 ``[N]``.
 
     Raises ValueError if the memory is too small.
     """

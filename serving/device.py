@@ -34,7 +34,7 @@ def list_devices(choice: str, timeout_s: float) -> list[str]:
     finally:
         process.kill()
     if not gpus:
-        raise UsageError("--device all: torch finds no CUDA device; nvidia-smi shows GPUs and the driver's version")
+        raise UsageError("--device all: torch finds no CUDA device; run nvidia-smi to see the GPUs and the driver")
     return [f"cuda:{index}" for index in range(gpus)]
 
 
@@ -48,7 +48,7 @@ def resolve_device(choice: str) -> str:
     index = torch.device(choice if choice != "auto" else "cuda").index or 0
     if index >= (gpus := _count_gpus()):
         raise UsageError(
-            f"--device {choice}: torch finds {gpus} CUDA devices; nvidia-smi shows GPUs and the driver's version"
+            f"--device {choice}: torch finds {gpus} CUDA devices; run nvidia-smi to see the GPUs and the driver"
         )
     _wait_without_spinning(index)
     LOGGER.info("device: %s", torch.cuda.get_device_name(index))

@@ -62,5 +62,5 @@ class Instance:
         except ConnectionError:
             raise InferenceFailed("the server is stopping because its worker is gone: try again later") from None
         except TimeoutError:
-            self._lifecycle.fail(f"stopping: a worker has answered nobody for {self._timeout_s:g} s")
+            self._lifecycle.fail(f"stopping: a worker has answered no request for {self._timeout_s:g} s")
             raise InferenceFailed("the server took too long and is stopping: try again later") from None

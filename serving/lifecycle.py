@@ -21,7 +21,7 @@ QUIET_S = 1
 
 
 class Lifecycle:
-    """Stops the server on SIGINT, SIGTERM or a fatal error. Wraps all that the main thread does in a ``with`` block.
+    """Stops the server on SIGINT, SIGTERM or a fatal error. The main thread runs inside its ``with`` block.
 
     A signal leaves the block through SystemExit. A ServerError leaves it with one line on stderr and an exit status.
     """
@@ -83,7 +83,7 @@ class Lifecycle:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def on_give_up(self, callback: Callable[[], None]) -> None:
-        """Call this in :meth:`give_up`."""
+        """Register what :meth:`give_up` calls."""
         self._on_give_up.append(callback)
 
     def give_up(self) -> None:

@@ -15,13 +15,13 @@ from serving.stages import Deferred
 if TYPE_CHECKING:
     import torch
 
-# PyTriton and Triton die of a bus error when /dev/shm is full. Triton's pool has 4 MB per instance from the start, and
-# takes a request and its answer with gaps: 1.3 times their bytes. PyTriton's store takes them in segments of powers of
-# two, which it keeps: after requests that grow, 3 times their bytes. Both measured.
+# PyTriton and Triton die of a bus error when /dev/shm is full. Triton's pool starts at 4 MB per instance. A
+# request and its answer take 1.3 times their size there, because of gaps. PyTriton's store allocates segments in powers
+# of two and keeps them: up to 3 times the size, if requests grow. Both factors are measured.
 SHM_BYTES_PER_INSTANCE = 5_000_000
 SHM_BYTES_PER_BYTE = 1.3 + 3
 
-# A server that takes photos of a megapixel on few instances is more useful than one that does not on many.
+# Few instances that accept photos of a megapixel are more useful than many that do not.
 USEFUL_PIXELS = 1_000_000
 
 
@@ -54,7 +54,7 @@ class AnswerMemory:
         return copies
 
     def _open(self, output: object) -> "np.ndarray | torch.Tensor":
-        """Return an output as what it is, without a copy: an array on the host, or a tensor on the GPU."""
+        """Return an output without copying it: as an array on the host, or a tensor on the GPU."""
         if self._device == "cpu" or isinstance(output, np.ndarray):
             return np.asarray(output)
         import torch
@@ -130,8 +130,8 @@ def fit_shared_memory(
     """Return how many instances, and photos of how many pixels, fit into /dev/shm, and a warning or an empty string.
 
     ``instances`` and ``max_pixels`` are what the user wants, ``free`` is the number of free bytes, and
-    ``message_bytes`` tells how many bytes the request and the answer of a photo with so many pixels have together at
-    most. Raises UsageError if no photo fits.
+    ``message_bytes`` returns the maximum size of a request plus its answer, in bytes, for a number of pixels. Raises
+    UsageError if no photo fits.
     """
 
     def needed(pixels: int) -> int:  # by one instance

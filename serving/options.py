@@ -28,7 +28,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser that prints the default of each option, and reports a mistake in one line with status 2."""
     return argparse.ArgumentParser(
         description=description,
-        # Without a usage line: it would stand above every error message.
+        # Without a usage line: it would appear above every error message.
         usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -131,7 +131,7 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         "--worker-timeout-s",
         type=number(float, 1, 86_400),
         default=300,
-        help="exit with status 1 if a worker answers nobody for this many seconds",
+        help="exit with status 1 if requests wait and a worker answers none of them for this many seconds",
     )
     add("--verbose", action="store_true", help="log what PyTriton and Triton do")
 

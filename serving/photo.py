@@ -10,7 +10,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from serving.errors import InvalidRequest
 
-# The best JPEG of pure noise has 2 bytes a pixel, and a camera adds a header.
+# A JPEG of pure noise at the highest quality has 2 bytes per pixel (with 4:2:0 colors). A camera adds a header.
 MAX_BYTES_PER_PIXEL = 2
 MAX_HEADER_BYTES = 1 << 20
 
@@ -18,7 +18,7 @@ MAX_HEADER_BYTES = 1 << 20
 # every pixel: 44 bytes cost 70 ms at 25 megapixels.
 MAX_SCANS = 64
 MAX_SEGMENTS = 20_000
-# A byte that starts a segment or ends the image, rather than one of the image's own or a mark between parts of it.
+# A marker that starts a segment or ends the image: not a stuffed 0xFF, padding, or a restart marker.
 JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)
 
 # Pillow would refuse large photos before we do, in its own words.

@@ -30,7 +30,10 @@ class Stages(abc.ABC):
 
     @abc.abstractmethod
     def __init__(self, options: argparse.Namespace, device: str):
-        """Load the network onto the device, ``cpu`` or ``cuda:N``. In the options, 0 is replaced by the default."""
+        """Load the network onto the device, ``cpu`` or ``cuda:N``.
+
+        ``options.max_batch_size`` and ``options.max_pixels`` are those in effect.
+        """
 
     @abc.abstractmethod
     def read(self, request: Request) -> object:

@@ -42,11 +42,11 @@ MALLOC_ENVIRONMENT = {
 # before it listens, and Triton does not start.
 INSTANCES_ONE_BY_ONE = {"TRITON_PARALLEL_INSTANCE_LOADING": "0"}
 
-# Part of an option of Triton's, in which other characters have a meaning.
+# The token becomes part of an option of Triton's, where other characters have a special meaning.
 TOKEN = re.compile(r"[\w-]{16,}", re.ASCII)
 
 # Triton keeps 16 bytes per chunk of a request on the stack of a thread, and some more per bracket of its JSON. With the
-# usual 8 MB, a few megabytes from a client end it. A thread's stack takes memory only as far as it is used.
+# usual 8 MB, a few megabytes from a client crash Triton. A thread's stack takes memory only as far as it is used.
 STACK_BYTES = 1 << 30
 
 LOGGER = logging.getLogger("server")

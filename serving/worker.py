@@ -34,7 +34,7 @@ from serving.options import MAX_INSTANCES, device_default
 from serving.photo import max_photo_bytes
 from serving.stages import Deferred, Stages
 
-MAX_WAIT_S = 60  # for an instance; then a request is refused without having been worked on
+MAX_WAIT_S = 60  # for an instance; after that, a request is refused unprocessed
 KILL_TIMEOUT_S = 10
 
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
@@ -66,8 +66,8 @@ class Workers:
     ):
         """Nothing starts before the ``with`` block.
 
-        Each worker creates an object of ``stages``. ``answer_bytes`` tells how many bytes the answer to a photo with so
-        many pixels may have.
+        Each worker creates an object of ``stages``. ``answer_bytes`` returns the maximum size of an answer, in
+        bytes, for a photo with a number of pixels.
         """
         self._stages = stages
         self._options = options
@@ -107,10 +107,10 @@ class Workers:
                 )
             except (OSError, OverflowError) as error:
                 raise UsageError(f"--max-pixels {options.max_pixels}: not enough memory ({error})") from error
-            # Between the fork and the append, a signal would leave a process behind that nobody ends.
+            # Between the fork and the append, a signal would leave an orphaned process.
             with self._lifecycle.signals_deferred():
                 self._workers.append(_Worker(self._stages, options, device, channels, shm_bytes, self._answer_bytes))
-            # PyTriton's end waits for its instances, and these for the worker.
+            # When PyTriton stops, it waits for its instances, and they wait for the worker.
             self._lifecycle.on_give_up(self._workers[-1].kill)
         reports = self._wait_until_ready(options.start_timeout_s)
         for worker, report in zip(self._workers, reports, strict=True):
@@ -120,7 +120,7 @@ class Workers:
                 Instance(channel, max_request_bytes, options.worker_timeout_s, self._lifecycle)
                 for channel in worker.channels[: report.instances]
             ]
-        # Once more, where nobody overlooks them: next to the line that says that the server is ready.
+        # Once more, next to the line that says that the server is ready, where they are hard to miss.
         for warning in dict.fromkeys(warning for report in reports for warning in report.warnings):
             LOGGER.warning(warning)
         self.queue_policy = QueuePolicy(
@@ -206,7 +206,7 @@ class Runner:
         with self._stream:
             outputs = self.stages([job for _, job in batch])
             answers = [memory.store(output) for (memory, _), output in zip(batch, outputs, strict=True)]
-            # So far the GPU was only told what to do, except for image files, which are waited for.
+            # So far, the GPU's work is only queued, except for the encoding of JPEGs, which blocks.
             self._stream.wait()
             self.stages.verify()
         return [

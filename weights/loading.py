@@ -91,7 +91,7 @@ def _load_demo(path: Path, network: str) -> StateDict:
     if fingerprint(drawn) != expected:
         raise UsageError(
             f"{path} was trained for another network, or with a torch that draws other random numbers than "
-            f"{torch.__version__}: create it with weights/train_demo.py"
+            f"{torch.__version__}: create it again with weights/train_demo.py"
         )
     return state_dict
 

@@ -52,7 +52,7 @@ def normal(like: torch.Tensor, spread: float) -> torch.Tensor:
 
 
 def random_grids(count: int, roaming: float, device: torch.device) -> torch.Tensor:
-    """Return sampling grids ``[N, S, S, 2]``: a share roams over the photo, the rest is nearly all of it, as served."""
+    """Return sampling grids ``[N, S, S, 2]``: some of a random part of the photo, the rest of nearly all, as served."""
     roam = (torch.rand(count, device=device) < roaming).float()
     zoom = torch.exp(normal(roam, 0.02) + roam * (torch.rand_like(roam) - 0.7) * 0.9)
     angle = normal(roam, 0.01) + roam * normal(roam, 0.15)
@@ -135,7 +135,7 @@ def train(drawn: dict[str, torch.Tensor], steps: int, batch_size: int, device: t
     network.classifier[0].project[-1].p = 0.0  # no dropout: there is nothing to generalize to
     began = time.monotonic()
     for step in range(1, steps + 1):
-        # Wide at first, for features that hold; close to what is served at last, for the outline.
+        # Random parts at first, for robust features; nearly whole photos, as served, at last, for accurate outlines.
         images, labels = batches.draw(batch_size, roaming=0.6 * (1 - step / steps))
         with torch.autocast(device.type, torch.bfloat16):
             logits = network(images.contiguous(memory_format=torch.channels_last))["out"]
@@ -173,7 +173,7 @@ def report(path: Path, device: torch.device) -> None:
     for name, photo, mask in read_samples():
         other = "cat" if name == "person" else "person"
         variants = {
-            "as it is": (photo, mask),
+            "unchanged": (photo, mask),
             "mirrored": (ImageOps.mirror(photo), ImageOps.mirror(mask)),
             "1281 x 851": (photo.resize((1281, 851)), mask.resize((1281, 851), Image.Resampling.NEAREST)),
             "320 x 213": (photo.resize((320, 213)), mask.resize((320, 213), Image.Resampling.NEAREST)),

@@ -212,7 +212,7 @@ def test_a_worker_that_hangs_ends_the_server_after_its_timeout(broken):
         answered, said = client.result()
         assert answered == 0
         assert re.search("the server took too long and is stopping|is stopping because its worker is gone", said)
-    line = next(line for line in log.splitlines() if "has answered nobody for 3 s" in line)
+    line = next(line for line in log.splitlines() if "has answered no request for 3 s" in line)
     assert " CRITICAL server: " in line
     logged = datetime.strptime(" ".join(line.split()[:2]), "%Y-%m-%d %H:%M:%S,%f")
     assert 2.9 < (logged - broken["hanging worker"].broken_at).total_seconds() < 5  # not twice the timeout
