@@ -3,6 +3,7 @@
 
 import io
 import re
+import struct
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -24,7 +25,10 @@ JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)
 # Pillow would refuse large photos before we do, in its own words.
 Image.MAX_IMAGE_PIXELS = None
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
 ADVICE = "send a JPEG, PNG, BMP or WebP file"
+TOO_MUCH_METADATA = f"the photo has more than {MAX_SEGMENTS} segments: save it without metadata"
 
 
 def max_photo_bytes(max_pixels: int) -> int:
@@ -51,9 +55,13 @@ def check_photo(encoded: np.ndarray, max_pixels: int) -> tuple[int, int]:
         _check_jpeg(data)
     stream = io.BytesIO(data)
     try:
+        if data.startswith(PNG_SIGNATURE):
+            _check_png(data)
         with JpegImageFile(stream) if is_jpeg else Image.open(stream, formats=("PNG", "BMP", "WEBP")) as image:
             width, height = image.size
             frames = getattr(image, "n_frames", 1)
+    except InvalidRequest:
+        raise
     except UnidentifiedImageError:
         raise InvalidRequest(f"the photo ({len(data)} bytes) is damaged or of an unknown type: {ADVICE}") from None
     except Exception as error:  # Pillow's parsers raise whatever the damage makes them stumble over.
@@ -76,6 +84,8 @@ def _check_jpeg(data: bytes) -> None:
     # The content of a segment is skipped, because a preview in it has an end marker of its own. What follows the end is
     # ignored: phones append second pictures and videos.
     position, scans = 2, 0
+    if data.count(b"8BIM") > MAX_SEGMENTS:  # Photoshop's records, of which one segment holds thousands
+        raise InvalidRequest(TOO_MUCH_METADATA)
     for _ in range(MAX_SEGMENTS):
         marker = JPEG_MARKER.search(data, position)
         if not marker:
@@ -86,4 +96,17 @@ def _check_jpeg(data: bytes) -> None:
         if scans > MAX_SCANS:
             raise InvalidRequest(f"the photo has more than {MAX_SCANS} scans: save it as a baseline JPEG")
         position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
-    raise InvalidRequest(f"the photo has more than {MAX_SEGMENTS} segments: save it without metadata")
+    raise InvalidRequest(TOO_MUCH_METADATA)
+
+
+def _check_png(data: bytes) -> None:
+    """Walk the chunks of a PNG up to its pixels. Raises InvalidRequest, and struct.error if it ends before them."""
+    position = len(PNG_SIGNATURE)
+    for index in range(MAX_SEGMENTS):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if (kind == b"IHDR") != (index == 0):  # Pillow reads the last of several, and the decoder the first
+            raise InvalidRequest(f"the photo must have one header, at its beginning: {ADVICE}")
+        if kind == b"IDAT":
+            return
+        position += 12 + length  # the length, the kind and a checksum
+    raise InvalidRequest(TOO_MUCH_METADATA)

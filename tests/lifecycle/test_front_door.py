@@ -141,6 +141,9 @@ def test_administration_is_out_of_reach_even_with_the_token(proxy, server):
             for spelling in (path, path.replace("/v2/", "//v2//"), f"/v2/health/../..{path}", path.replace("o", "%6f")):
                 assert status(proxy.http_port, "POST", spelling, *headers, "Content-Length: 0") == 404
                 assert status(proxy.http_port, "GET", spelling, *headers) == 404
+    for path in ("/v2/models/Toy", "/v2/models/Toy/config", "/v2/models/Toy/ready", "/v2/health/live"):
+        assert status(proxy.http_port, "GET", path) == 200
+        assert status(proxy.http_port, "GET", f"{path}%0a") == 404
     for metadata in ((), (("triton-grpc-protocol-triton-access-token", token),)):
         for method in ("RepositoryIndex", "SystemSharedMemoryStatus", "ModelStatistics", "LogSettings", "TraceSetting"):
             code = grpc_status(proxy.grpc_port, f"{SERVICE}/{method}", metadata=metadata)

@@ -14,6 +14,7 @@ from conftest import MODEL_NAME, PHOTO, ROOT, decode, encode, psnr, sample
 from PIL import Image
 
 from client import Connection, InferenceError
+from serving.launch import DIRECT
 
 PICTURE = sample("person")
 
@@ -24,10 +25,10 @@ def with_size(jpeg: bytes, width: int, height: int) -> bytes:
     return jpeg[:position] + struct.pack(">HH", height, width) + jpeg[position + 4 :]
 
 
-def with_chunk(png: bytes, kind: bytes, data: bytes) -> bytes:
+def with_chunk(png: bytes, kind: bytes, data: bytes, count: int = 1) -> bytes:
     """Return the PNG with a chunk behind its first, the header."""
     chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return png[:33] + chunk + png[33:]
+    return png[:33] + count * chunk + png[33:]
 
 
 def with_segments(jpeg: bytes, marker: int, contents: Iterable[bytes]) -> bytes:
@@ -56,6 +57,12 @@ BAD_PHOTOS = {
         "more than 64 scans",
     ),
     "a JPEG with 30,000 comments": (with_segments(PHOTO, 0xFE, [b"comment"] * 30_000), "more than 20000 segments"),
+    "a JPEG with 30,000 Photoshop records": (
+        with_segments(PHOTO, 0xED, [b"Photoshop 3.0\0" + 5000 * (b"8BIM" + bytes(8))] * 6),
+        "more than 20000 segments",
+    ),
+    "a PNG with 30,000 chunks": (with_chunk(PNG, b"prVt", b"", 30_000), "more than 20000 segments"),
+    "a PNG with two headers": (with_chunk(PNG, b"IHDR", PNG[16:29]), "must have one header"),
     "random bytes": (np.random.default_rng(0).bytes(5000), "of an unknown type"),
     "a truncated JPEG": (PHOTO[:50_000], "truncated"),
     "a JPEG without its last byte": (PHOTO[:-1], "truncated"),
@@ -174,7 +181,7 @@ def test_a_bad_format_or_quality_is_answered_with_what_is_valid(connection, para
 def test_a_request_of_the_wrong_form_is_an_error(server, http_connection, body):
     request = urllib.request.Request(f"{server.http_url}/v2/models/{MODEL_NAME}/infer", data=body)
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(request)
+        DIRECT.open(request)
     assert error.value.code in (400, 500)
     assert_it_serves(http_connection)
 
