@@ -16,7 +16,7 @@ DEVICE_DEFAULTS = {
 }
 DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
-MAX_INSTANCES = max(defaults["instances"] for defaults in DEVICE_DEFAULTS.values())
+MOST_DEFAULT_INSTANCES = max(defaults["instances"] for defaults in DEVICE_DEFAULTS.values())
 
 
 def device_default(options: argparse.Namespace, name: str, device_type: str) -> int:

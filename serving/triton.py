@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytriton.triton
+from pytriton.exceptions import PyTritonError
 from pytriton.triton import TritonConfig, TritonSecurityConfig
 from pytriton.utils.distribution import get_stub_path
 
@@ -157,7 +158,7 @@ def _configure(options: argparse.Namespace) -> TritonConfig:
     }
     try:
         from_environment = TritonConfig.from_env().to_dict()
-    except (TypeError, ValueError) as error:
+    except (PyTritonError, TypeError, ValueError) as error:
         raise UsageError(f"invalid environment variable PYTRITON_TRITON_CONFIG_...: {error}") from error
     config |= {name: value for name, value in from_environment.items() if value is not None}
     for protocol in DEFAULT_PORTS:
@@ -194,8 +195,8 @@ def _check_ports(config: TritonConfig) -> None:
         for protocol, address, port in _listening(config):
             try:
                 sockets.enter_context(socket.create_server((address, port)))
-            except OSError as error:
-                reason = error.strerror.split(" (")[0]
+            except (OSError, OverflowError) as error:
+                reason = (getattr(error, "strerror", "") or str(error)).split(" (")[0]
                 raise UsageError(
                     f"cannot listen on {address}:{port} ({reason}): choose another --{protocol}-port or --address"
                 ) from error

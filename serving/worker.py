@@ -7,6 +7,7 @@ their own, the two do not slow each other down.
 
 import argparse
 import ctypes
+import errno
 import logging
 import os
 import shutil
@@ -30,7 +31,7 @@ from serving.errors import InferenceFailed, RequestError, ServerError, UsageErro
 from serving.instance import Instance
 from serving.lifecycle import Lifecycle
 from serving.memory import AnswerMemory, fit_shared_memory
-from serving.options import MAX_INSTANCES, device_default
+from serving.options import MOST_DEFAULT_INSTANCES, device_default
 from serving.photo import max_photo_bytes
 from serving.stages import Deferred, Stages
 
@@ -101,11 +102,15 @@ class Workers:
         for device in devices:
             try:
                 channels = open_channels(
-                    options.instances or MAX_INSTANCES,
+                    options.instances or MOST_DEFAULT_INSTANCES,
                     request_bytes=max_photo_bytes(options.max_pixels),
                     answer_bytes=self._answer_bytes(options.max_pixels),
                 )
             except (OSError, OverflowError) as error:
+                if getattr(error, "errno", None) == errno.ENOSPC:  # semaphores lie there
+                    raise UsageError(
+                        "/dev/shm is full: remove what killed servers left, see docs/production.md"
+                    ) from error
                 raise UsageError(f"--max-pixels {options.max_pixels}: not enough memory ({error})") from error
             # Between the fork and the append, a signal would leave an orphaned process.
             with self._lifecycle.signals_deferred():

@@ -69,10 +69,12 @@ def test_a_worker_that_does_not_start_ends_the_server_with_one_line(arguments, s
 
 
 def serving_options(*arguments: object) -> argparse.Namespace:
-    """Return the options of a server that gets these arguments."""
+    """Return the options of a server that gets these arguments, and free ports otherwise."""
     parser = make_parser("A server.")
     add_serving_options(parser)
-    return parser.parse_args(list(map(str, arguments)))
+    http, grpc, metrics = free_ports()
+    ports = ("--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics)
+    return parser.parse_args(list(map(str, ports + arguments)))
 
 
 @pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--metrics-port"])
@@ -87,15 +89,15 @@ def test_a_port_in_use_is_named_with_its_option(flag):
 
 
 def test_an_address_of_another_machine_is_named():
-    with pytest.raises(UsageError, match=r"cannot listen on 192\.0\.2\.1:8000 \(Cannot assign requested address\)"):
+    with pytest.raises(UsageError, match=r"cannot listen on 192\.0\.2\.1:\d+ \(Cannot assign requested address\)"):
         Triton(serving_options("--address", "192.0.2.1"), Lifecycle(2))
 
 
 def test_another_version_of_python_is_named(monkeypatch):
-    http, grpc, metrics = free_ports()
+    options = serving_options()
     monkeypatch.setattr(sys, "version_info", namedtuple("Version", "major minor")(3, 15))
     with pytest.raises(UsageError, match=r"PyTriton does not support Python 3\.15; use Python 3\.11 or 3\.12"):
-        Triton(serving_options("--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics), Lifecycle(2))
+        Triton(options, Lifecycle(2))
 
 
 def test_two_ports_that_are_the_same_are_refused():
@@ -111,6 +113,19 @@ def test_triton_options_come_from_the_environment_and_the_command_line_wins(serv
     assert "/metrics" not in ready
     with pytest.raises(OSError, match="refused"):
         get(server.metrics_port, "/metrics")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({"HTTP_PORT": "99999"}, "port must be 0-65535"), ({"ALLOW_HTTP": "", "ALLOW_GRPC": ""}, "has to be allowed")],
+)
+def test_triton_options_in_the_environment_that_cannot_work_are_refused(environment, expected, monkeypatch):
+    options = serving_options()
+    del options.http_port  # it would win
+    for name, value in environment.items():
+        monkeypatch.setenv(f"PYTRITON_TRITON_CONFIG_{name}", value)
+    with pytest.raises(UsageError, match=expected):
+        Triton(options, Lifecycle(2))
 
 
 def test_a_wrong_triton_option_in_the_environment_is_one_line(tmp_path):

@@ -9,12 +9,18 @@ import yaml
 from conftest import MODEL_NAME, ROOT
 
 import server
+from serving.memory import SHM_BYTES_PER_BYTE, SHM_BYTES_PER_INSTANCE
+from serving.options import MOST_DEFAULT_INSTANCES
+from serving.photo import max_photo_bytes
 
 DEPLOY = ROOT / "deploy"
 MANIFESTS = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 PROXY_CONFIGURATION = (DEPLOY / "nginx.conf").read_text()
-SHM_BYTES = 10_700_000_000  # what the defaults need on a GPU; see docs/production.md
+MAX_PIXELS = server.parse_options([]).max_pixels
+MESSAGE_BYTES = max_photo_bytes(MAX_PIXELS) + server.answer_bytes(MAX_PIXELS)
+# What the defaults need on a GPU.
+SHM_BYTES = MOST_DEFAULT_INSTANCES * (SHM_BYTES_PER_INSTANCE + SHM_BYTES_PER_BYTE * MESSAGE_BYTES)
 
 
 def manifest(kind: str) -> dict:
