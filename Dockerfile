@@ -31,6 +31,7 @@ EXPOSE 8000 8001 8002
 
 # Triton's own /v2/health/ready answers 200 before the model is ready.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/v2/models/ResNet101/ready', timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request as u; os.environ['no_proxy'] = '*'; \
+        u.urlopen('http://127.0.0.1:8000/v2/models/ResNet101/ready', timeout=4)"]
 
 CMD ["python", "server.py", "--address", "0.0.0.0"]

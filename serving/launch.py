@@ -18,20 +18,28 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 
 STOP_TIMEOUT_S = 60
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy is in the environment
 
-_handed_out: set[int] = set()
+_reservations: list[socket.socket] = []
 
 
 def free_ports(count: int = 3) -> list[int]:
-    """Return free ports on loopback."""
-    # Below the range from which the system picks ports for outgoing connections, so that they stay free.
-    ports: set[int] = set()
+    """Return free ports on loopback, which no other process of this machine gets from here."""
+    ports: list[int] = []
     while len(ports) < count:
+        # Below the range from which the system picks ports for outgoing connections, so that they stay free.
         port = random.randrange(20_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            ports |= {port} - _handed_out  # a server that is still starting does not listen yet
-    _handed_out.update(ports)
-    return list(ports)
+        # A server that is still starting does not listen yet. The name of an abstract socket is taken until then.
+        reservation = socket.socket(socket.AF_UNIX)
+        try:
+            reservation.bind(f"\0free-port-{port}")
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            reservation.close()
+        else:
+            _reservations.append(reservation)
+            ports.append(port)
+    return ports
 
 
 class LaunchedServer:
@@ -69,7 +77,7 @@ class LaunchedServer:
         """Return when the model is ready. Raises RuntimeError if the server ends first, and TimeoutError."""
         deadline = time.monotonic() + timeout_s
         while self.process.poll() is None:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.http_url}/v2/models/{model_name}/ready"):
+            with contextlib.suppress(OSError), DIRECT.open(f"{self.http_url}/v2/models/{model_name}/ready", timeout=5):
                 return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the server is not ready within {timeout_s:g} s")

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -24,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from client import Connection, InferenceError  # noqa: E402 - the project is not a package
-from serving.launch import LaunchedServer  # noqa: E402
+from serving.launch import DIRECT, LaunchedServer  # noqa: E402
 from serving.memory import AnswerMemory  # noqa: E402
 
 MODEL_NAME = "ResNet101"
@@ -144,7 +143,7 @@ class Server(LaunchedServer):
 
 def get(port: int, path: str) -> str:
     """Return what ``http://127.0.0.1:port/path`` says, or raise."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as response:
+    with DIRECT.open(f"http://127.0.0.1:{port}{path}") as response:
         return response.read().decode()
 
 
