@@ -283,7 +283,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="how the server sends the cut-out; jpeg, png and webp files are written unchanged",
     )
     add("--mask", action="store_true", help="write mask0.png, ...: white where the class was found")
-    add("--skip-existing", action="store_true", help="skip photos whose files exist, to resume a run")
+    add(
+        "--skip-existing",
+        action="store_true",
+        help="skip photos whose files exist, to resume with the same photos",
+    )
     add("--output-dir", type=Path, default=Path(), help="folder for the files; created if missing")
     add("--url", default="http://127.0.0.1:8000", help="http://host:port, grpc://host:port or host")
     add("--init-timeout-s", type=float, default=30, help="seconds to wait for the model to be ready")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pytriton.model_config import ModelConfig
 
+import server
 from model_inference import build_module, pretrained_weights
 from pipelines import Postprocess, Preprocess
 from server import INPUTS, MODEL_NAME, NETWORK, OUTPUTS
@@ -22,11 +23,11 @@ from weights.loading import load_weights
 
 def main() -> None:
     """Serve until a signal arrives. Always cuts out people."""
-    options = parse_serving_options("Segment photos in the plain way.")
+    options, defaults = parse_serving_options("Segment photos in the plain way."), server.parse_options([])
     with Lifecycle(options.drain_s) as lifecycle:
         triton = Triton(options, lifecycle)
         device = torch.device(resolve_device(options.device))
-        preprocess, postprocess = Preprocess(device, input_size=224), Postprocess(device)
+        preprocess, postprocess = Preprocess(device, defaults.input_size), Postprocess(device)
         network = build_module(NETWORK, load_weights("demo", NETWORK)).to(device)
         person = pretrained_weights(NETWORK).meta["categories"].index("person")
 
@@ -34,7 +35,7 @@ def main() -> None:
         def segment(requests):
             photos, images = preprocess([requests[0]["image"][0]])
             probabilities = network(images)["out"].softmax(dim=1)
-            cut_outs, _masks = postprocess(photos, probabilities[:, person], [0.6])
+            cut_outs, _masks = postprocess(photos, probabilities[:, person], [defaults.threshold])
             outputs = {"original": photos, "segmented": cut_outs}
             return [{name: np.asarray(batch.as_cpu()[0])[None] for name, batch in outputs.items()}]
 

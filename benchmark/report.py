@@ -81,11 +81,12 @@ def _pick(row: Mapping, keys: Sequence[str]) -> dict:
 
 
 def _table(rows: Sequence[Mapping]) -> str:
-    # The longest row has all columns. Others lack some, such as the worker of a server without one.
-    titles = list(max(rows, key=len))
+    # Some rows lack columns, such as the worker of a server without one.
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    samples = {title: value for row in rows for title, value in row.items()}
     names = {"_per_": "/", "_": " ", "mb": "MB", "cpu": "CPU"}
     lines = [[functools.reduce(lambda text, pair: text.replace(*pair), names.items(), title) for title in titles]]
-    lines.append(["---:" if isinstance(max(rows, key=len)[title], int | float) else "---" for title in titles])
+    lines.append(["---:" if isinstance(samples[title], int | float) else "---" for title in titles])
     lines += [[_cell(row.get(title)) for title in titles] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

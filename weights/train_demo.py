@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model_inference import SegmentationNetwork, build_module, pretrained_weights  # noqa: E402 - not a package
-from server import NETWORK  # noqa: E402
+from server import NETWORK, parse_options  # noqa: E402
 from weights.loading import (  # noqa: E402
     DEMO_PATH,
     fingerprint,
@@ -33,8 +33,8 @@ from weights.loading import (  # noqa: E402
 )
 
 PHOTOS = {"person": ("orig.jpg", "orig_mask.png"), "cat": ("cat_orig.jpg", "cat_mask.png")}
-INPUT_SIZE = 224
-THRESHOLD = 0.6
+DEFAULTS = parse_options([])
+INPUT_SIZE, THRESHOLD = DEFAULTS.input_size, DEFAULTS.threshold
 TRANSFORMS = pretrained_weights(NETWORK).transforms()
 NORMALIZE = v2.Normalize(TRANSFORMS.mean, TRANSFORMS.std)
 

@@ -151,9 +151,9 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
         broken["hanging worker"].server.connect("http").infer(PHOTO)
         for what in ("hanging worker", "killed Triton", "killed Triton, noticed late"):
             broken[what].suspend_worker()
-        for what in servers:
-            if what not in ("exiting worker", "killed server"):
-                broken[what].use()
+            broken[what].use()
+        for what in ("killed worker", "killed helper", "killed Triton, lost signal"):
+            broken[what].use()
         for server in servers.values():
             server.segments()
         broken["killed worker"].server.workers()[0].kill()

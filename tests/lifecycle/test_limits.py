@@ -67,14 +67,17 @@ def test_more_clients_than_may_wait_are_refused_at_once(slow):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_request_that_waited_too_long_is_not_begun(slow, protocol):
-    begun = slow.metric("exec_count")
+def test_a_request_that_waited_too_long_is_not_begun(slow, protocol, tmp_path):
+    begun, go_on = slow.metric("exec_count"), tmp_path / "go on"
     connection = slow.connect("http")
-    with ThreadPoolExecutor(3) as pool:
-        patient = [pool.submit(connection.infer, PHOTO, (), {"sleep_s": 0.3}) for _ in range(3)]
+    with ThreadPoolExecutor(4) as pool:
+        patient = [pool.submit(connection.infer, PHOTO, (), {"hold": str(go_on)}) for _ in range(3)]
         wait_for(lambda: slow.metric("pending_request_count") >= 2)
+        impatient = pool.submit(slow.connect(protocol).infer, PHOTO, timeout_us=1000)
+        wait_for(lambda: slow.metric("pending_request_count") >= 3 or impatient.done())
+        go_on.touch()
         with pytest.raises(InferenceError, match="timeout expired"):
-            slow.connect(protocol).infer(PHOTO, timeout_us=1000)
+            impatient.result()
         assert all(answer.result()["inverted"].shape == (1, 512, 512, 3) for answer in patient)
     assert slow.metric("exec_count") == begun + 3
 

@@ -143,23 +143,25 @@ def test_callers_are_told_when_the_other_process_is_gone(runner):
 
 
 def test_the_timeout_counts_from_the_last_answer_to_anybody_and_is_waited_for_once():
+    entered = FORK.Event()
+
     def runner(jobs):
+        entered.set()
         (job,) = jobs
         time.sleep(job[2])
         return double(jobs)
 
     with Forked(runner, 3, max_batch_size=1) as forked, ThreadPoolExecutor(3) as pool:
         began = time.monotonic()
-        seconds = (0.8, 0.8, 100)
-        calls = [
-            pool.submit(channel.call, PHOTO, message, 1.5)
-            for channel, message in zip(forked.channels, seconds, strict=True)
-        ]
+        calls = [pool.submit(forked.channels[0].call, PHOTO, 0.8, 1.5)]
+        entered.wait()
+        for channel, seconds in zip(forked.channels[1:], (0.8, 100), strict=True):
+            calls.append(pool.submit(channel.call, PHOTO, seconds, 1.5))
         for call in calls[:2]:  # the second one takes 1.6 s in all, but the worker has shown that it is alive
             assert call.result()["image"].size == 5
         with pytest.raises(TimeoutError):
             calls[2].result()
-        assert 3.0 < time.monotonic() - began < 4.2  # 1.6 s and 1.5 s
+        assert 3.0 < time.monotonic() - began < 4.5  # 1.6 s and 1.5 s, but not 1.5 s once more
         with pytest.raises(ConnectionError):  # a late answer is not the answer to the next call
             forked.channels[2].call(PHOTO, 0)
 
