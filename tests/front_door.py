@@ -100,6 +100,11 @@ class Proxy:
             )
         )
 
+    def grpc_statuses(self) -> list[str]:
+        """Return the gRPC statuses of the attacker's calls, from the log: clients get them behind an answer."""
+        lines = [line for line in self.log.read_text().splitlines() if line.startswith(f"{ATTACKER} ")]
+        return [status for line in lines if (status := line.split('" ')[-1].split(" ")[1].strip("-"))]
+
     def workers(self) -> list[psutil.Process]:
         """Return nginx's worker processes."""
         return psutil.Process(self.process.pid).children()
