@@ -503,7 +503,7 @@ def test_too_many_requests_in_flight_from_one_address(front_door):
         assert max(front_door.client.next_answers(3)) < 5  # from another address
         for connection in waiting:
             connection.close()
-    wait_for(lambda: status(front_door.http_port, "GET", READY) == 200)
+    wait_for(lambda: status(front_door.http_port, "GET", READY) == 200, timeout_s=60)
 
 
 def test_too_many_requests_per_second_from_one_address(front_door):
@@ -513,7 +513,7 @@ def test_too_many_requests_per_second_from_one_address(front_door):
         answers = b"".join(receive(connection) for connection in sockets)
     assert answers.count(b"HTTP/1.1 200") >= 1000
     assert answers.count(b"HTTP/1.1 429") >= 1
-    wait_for(lambda: status(front_door.http_port, "GET", READY) == 200)
+    wait_for(lambda: status(front_door.http_port, "GET", READY) == 200, timeout_s=60)
 
 
 # The server without the proxy
