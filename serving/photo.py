@@ -3,7 +3,6 @@
 
 import io
 import re
-import struct
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -53,15 +52,13 @@ def check_photo(encoded: np.ndarray, max_pixels: int) -> tuple[int, int]:
         raise InvalidRequest(f"the photo is empty: {ADVICE}")
     if is_jpeg := data.startswith(b"\xff\xd8"):
         _check_jpeg(data)
+    elif data.startswith(PNG_SIGNATURE):
+        _check_png(data)
     stream = io.BytesIO(data)
     try:
-        if data.startswith(PNG_SIGNATURE):
-            _check_png(data)
         with JpegImageFile(stream) if is_jpeg else Image.open(stream, formats=("PNG", "BMP", "WEBP")) as image:
             width, height = image.size
             frames = getattr(image, "n_frames", 1)
-    except InvalidRequest:
-        raise
     except UnidentifiedImageError:
         raise InvalidRequest(f"the photo ({len(data)} bytes) is damaged or of an unknown type: {ADVICE}") from None
     except Exception as error:  # Pillow's parsers raise whatever the damage makes them stumble over.
@@ -100,10 +97,12 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _check_png(data: bytes) -> None:
-    """Walk the chunks of a PNG up to its pixels. Raises InvalidRequest, and struct.error if it ends before them."""
+    """Walk the chunks of a PNG up to its pixels. Raises InvalidRequest."""
     position = len(PNG_SIGNATURE)
     for index in range(MAX_SEGMENTS):
-        length, kind = struct.unpack_from(">I4s", data, position)
+        length, kind = int.from_bytes(data[position : position + 4]), data[position + 4 : position + 8]
+        if not kind:  # the file ends here, as Pillow will say
+            return
         if (kind == b"IHDR") != (index == 0):  # Pillow reads the last of several, and the decoder the first
             raise InvalidRequest(f"the photo must have one header, at its beginning: {ADVICE}")
         if kind == b"IDAT":

@@ -54,12 +54,16 @@ def test_parameters_that_do_not_fit_into_the_channel_are_refused(toy, protocol):
 
 
 def test_requests_that_triton_puts_into_one_call_get_their_own_answers(toy, tmp_path):
+    other = PHOTO[:2] + b"\xff\xfe\x00\x04no" + PHOTO[2:]  # the same picture with a comment, so another length
+    photos = [other, PHOTO, PHOTO, PHOTO]  # in any order, two of the same length are neighbors
     before, go_on = toy.metric("exec_count"), tmp_path / "go on"
     connections = [toy.connect(protocol) for protocol in PROTOCOLS]
     with ThreadPoolExecutor(9) as pool:
         pool.submit(connections[0].infer, PHOTO, (), {"hold": str(go_on)})
         wait_for(lambda: "holding until" in toy.log.read_text())
-        answers = [pool.submit(connections[index % 2].infer, PHOTO, (), {"add": index}) for index in range(8)]
+        answers = [
+            pool.submit(connections[index % 2].infer, photos[index % 4], (), {"add": index}) for index in range(8)
+        ]
         wait_for(lambda: toy.metric("pending_request_count") >= 4)
         go_on.touch()
         for index, answer in enumerate(answers):

@@ -28,7 +28,7 @@ def test_the_lock_file_agrees_with_the_short_list(name):
 def test_each_package_has_hashes_and_none_has_an_address(name):
     text = (ROOT / f"{name}.txt").read_text()
     packages = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]
-    assert packages
+    assert len(packages) > (0 if name == "requirements-uv" else 20)
     assert [package for package in packages if "--hash=sha256:" not in package] == []
     assert "://" not in text
     assert "index" not in text

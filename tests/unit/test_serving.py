@@ -152,16 +152,16 @@ def test_the_timeout_counts_from_the_last_answer_to_anybody_and_is_waited_for_on
         return double(jobs)
 
     with Forked(runner, 3, max_batch_size=1) as forked, ThreadPoolExecutor(3) as pool:
-        began = time.monotonic()
         calls = [pool.submit(forked.channels[0].call, PHOTO, 0.8, 1.5)]
         entered.wait()
+        began = time.monotonic()
         for channel, seconds in zip(forked.channels[1:], (0.8, 100), strict=True):
             calls.append(pool.submit(channel.call, PHOTO, seconds, 1.5))
         for call in calls[:2]:  # the second one takes 1.6 s in all, but the worker has shown that it is alive
             assert call.result()["image"].size == 5
         with pytest.raises(TimeoutError):
             calls[2].result()
-        assert 3.0 < time.monotonic() - began < 4.5  # 1.6 s and 1.5 s, but not 1.5 s once more
+        assert 3.0 < time.monotonic() - began < 4.2  # 1.6 s and 1.5 s
         with pytest.raises(ConnectionError):  # a late answer is not the answer to the next call
             forked.channels[2].call(PHOTO, 0)
 
