@@ -80,9 +80,7 @@ def _check_jpeg(data: bytes) -> None:
     """
     # The content of a segment is skipped, because a preview in it has an end marker of its own. What follows the end is
     # ignored: phones append second pictures and videos.
-    position, scans = 2, 0
-    if data.count(b"8BIM") > MAX_SEGMENTS:  # Photoshop's records, of which one segment holds thousands
-        raise InvalidRequest(TOO_MUCH_METADATA)
+    position, scans, records = 2, 0, 0
     for _ in range(MAX_SEGMENTS):
         marker = JPEG_MARKER.search(data, position)
         if not marker:
@@ -93,6 +91,9 @@ def _check_jpeg(data: bytes) -> None:
         if scans > MAX_SCANS:
             raise InvalidRequest(f"the photo has more than {MAX_SCANS} scans: save it as a baseline JPEG")
         position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
+        records += data.count(b"8BIM", marker.end(), position)  # Photoshop's: one segment holds thousands
+        if records > MAX_SEGMENTS:
+            break
     raise InvalidRequest(TOO_MUCH_METADATA)
 
 
