@@ -67,6 +67,8 @@ class Postprocess:
             "device": "cpu" if device.type == "cpu" else "gpu",
             **_pipeline_options(device, max_batch_size),
         }
+        if device.type == "cuda":
+            self._options["num_threads"] = 1  # there is nothing for the CPU to do, and waking threads takes time
         self._pipeline: Pipeline | None = None
 
     def __call__(

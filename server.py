@@ -125,7 +125,7 @@ class Segmentation(Stages):
         if any(set(job.outputs) - {"original"} for job in jobs):
             with nvtx.range("network"):
                 probability = add_classes(self.network(images), [job.classes for job in jobs])
-                self.finite = probability.isfinite().all()
+                self.finite = probability.isfinite().all().to("cpu", non_blocking=True)
             with nvtx.range("postprocess"):
                 cut_outs, masks = self.postprocess(photos, probability, [job.threshold for job in jobs])
             with nvtx.range("encode"):
