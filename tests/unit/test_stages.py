@@ -7,12 +7,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import SAMPLES, as_array, decode, encode, psnr, sample
-from gpu import DEVICES
+from gpu import DEVICES, NEEDS_GPU
 from PIL import Image
+from torch.fx.experimental.optimization import fuse
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights, deeplabv3_resnet101
 from torchvision.transforms import v2
 
-from model_inference import SegmentationNetwork, load_network, pick_precision, pretrained_weights
+from model_inference import (
+    ConvReLU,
+    SegmentationNetwork,
+    build_module,
+    fuse_relu,
+    load_network,
+    pick_precision,
+    pretrained_weights,
+)
 from pipelines import Postprocess, Preprocess
 from server import NETWORK
 from serving.errors import InvalidRequest, UsageError
@@ -197,7 +206,30 @@ def test_weights_too_large_for_fp16_are_noticed():
         load_network(NETWORK, state_dict, torch.device("cpu"), "fp16", 32)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_each_relu_behind_a_convolution_is_fused():
+    module = fuse_relu(fuse(build_module(NETWORK, load_weights("demo", NETWORK))))
+    called = [module.get_submodule(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    assert not any(isinstance(layer, torch.nn.ReLU) for layer in called)
+    fused = [node for node in module.graph.nodes if isinstance(node.target, str) and node.target.endswith("_relu")]
+    assert len(fused) == 107
+    assert sum(len(node.args) == 2 for node in fused) == 33  # the residual blocks of ResNet101
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_no_fused_layer_hides_nan(precision):
+    network = SegmentationNetwork(NETWORK, load_weights("demo", NETWORK), torch.device("cuda"), precision)
+    passed = []
+    for layer in network._module.modules():
+        if isinstance(layer, ConvReLU):
+            layer.register_forward_hook(lambda _layer, _inputs, output: passed.append(bool(output.isnan().all())))
+    for batch_size in (1, 2, 4, 7):
+        assert network(torch.full((batch_size, 3, 224, 224), torch.nan)).isnan().all()
+    assert len(passed) == 4 * 107
+    assert all(passed)
+
+
+@NEEDS_GPU
 def test_weights_too_large_for_fp16_are_served_in_fp32(caplog):
     state_dict = load_weights("demo", NETWORK)
     state_dict["classifier.4.weight"] = state_dict["classifier.4.weight"] * 1e6
