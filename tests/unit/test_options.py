@@ -110,7 +110,7 @@ def test_a_server_without_options_has_the_documented_defaults():
     assert (options.input_size, options.precision, options.device) == (224, "auto", "auto")
     assert (options.max_pixels, options.drain_s) == (25_000_000, 2)
     assert (options.start_timeout_s, options.worker_timeout_s) == (600, 300)
-    assert device_default(options, "instances", "cuda") == DEVICE_DEFAULTS["cuda"]["instances"] == 12
+    assert device_default(options, "instances", "cuda") == DEVICE_DEFAULTS["cuda"]["instances"] == 14
     assert device_default(server.parse_options(["--instances", "3"]), "instances", "cuda") == 3
 
 
