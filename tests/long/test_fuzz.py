@@ -64,7 +64,7 @@ def send(server: Server, numbers: Iterable[int]) -> list[str]:
         data = damage(KINDS[dice.choice(list(KINDS))], dice)
         try:
             # Mostly without the network, which damage does not reach, and which takes long on a CPU.
-            outputs = ("original", "encoded") if number % 20 == 0 else ("original",)
+            outputs = ("original", "encoded") if number % 8 == 0 else ("original",)
             parameters = {"format": dice.choice(("jpeg", "png", "webp"))} if "encoded" in outputs else {}
             answer = connections[dice.choice(PROTOCOLS)].infer(data, outputs, parameters)
         except InferenceError as error:
