@@ -46,6 +46,7 @@ PNG, PROGRESSIVE = encode(PICTURE, "PNG"), encode(PICTURE.resize((40, 40)), "JPE
 ZEROS = zlib.compress(bytes(200_000_000), 1)
 LAST_SCAN = PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2]
 
+SIZE = PHOTO[PHOTO.index(b"\xff\xc0") + 4 :][:15]  # the segment that has it, as a baseline JPEG has one
 FRAMES = {"save_all": True, "append_images": [PICTURE.resize((512, 512)).rotate(90)], "duration": 100}
 
 BAD_PHOTOS = {
@@ -57,10 +58,10 @@ BAD_PHOTOS = {
         "more than 64 scans",
     ),
     "a JPEG with 30,000 comments": (with_segments(PHOTO, 0xFE, [b"comment"] * 30_000), "more than 20000 segments"),
-    "a JPEG with 30,000 Photoshop records": (
-        with_segments(PHOTO, 0xED, [b"Photoshop 3.0\0" + 5000 * (b"8BIM" + bytes(8))] * 6),
-        "more than 20000 segments",
-    ),
+    "a JPEG that ends before its pixels": (PHOTO[:2] + b"\xff\xd9" + PHOTO[2:], "header is damaged"),
+    "a JPEG with two sizes": (with_segments(PHOTO, 0xC0, [SIZE]), "header is damaged"),
+    "a JPEG of no height": (with_size(PHOTO, 100, 0), "header is damaged"),
+    "a JPEG with a reserved marker": (with_segments(PHOTO, 0xF0, [b"123456"]), "header is damaged"),
     "a PNG with 30,000 chunks": (with_chunk(PNG, b"prVt", b"", 30_000), "more than 20000 segments"),
     "a PNG with two headers": (with_chunk(PNG, b"IHDR", PNG[16:29]), "must have one header"),
     "random bytes": (np.random.default_rng(0).bytes(5000), "of an unknown type"),
