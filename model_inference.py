@@ -69,10 +69,11 @@ def fuse_relu(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
             continue
         source = relu.args[0]
         conv, *residual = source.args if source.target is operator.add and len(source.users) == 1 else [source]
-        if not isinstance(modules.get(conv.target), torch.nn.Conv2d) or len(conv.users) > 1:
+        layer = modules.get(conv.target)
+        if not isinstance(layer, torch.nn.Conv2d) or layer.groups > 1 or len(conv.users) > 1:
             continue
         name = f"{conv.target}_relu"
-        module.add_submodule(name, ConvReLU(modules[conv.target]))
+        module.add_submodule(name, ConvReLU(layer))
         with module.graph.inserting_before(relu):
             fused = module.graph.call_module(name, (conv.args[0], *residual))
         relu.replace_all_uses_with(fused)
@@ -93,7 +94,7 @@ class SegmentationNetwork:
         # Fuses each batch normalization into the convolution before it, in fp32 and so without loss.
         module = fuse(build_module(name, state_dict))
         if device.type == "cuda" and precision != "fp32":
-            # In fp32, some of cuDNN's kernels turn NaN into 0, so that a wrong result would go unnoticed.
+            # In fp32, one of cuDNN's kernels turned NaN into 0 (H200), which would hide a wrong result.
             module = fuse_relu(module)
         self._module = module.to(device, PRECISIONS[precision], memory_format=torch.channels_last)
         self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.cuda.CUDAGraph]] = {}

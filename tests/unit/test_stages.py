@@ -10,6 +10,7 @@ from conftest import SAMPLES, as_array, decode, encode, psnr, sample
 from gpu import DEVICES, NEEDS_GPU
 from PIL import Image
 from torch.fx.experimental.optimization import fuse
+from torchvision.models import get_model
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights, deeplabv3_resnet101
 from torchvision.transforms import v2
 
@@ -213,6 +214,19 @@ def test_each_relu_behind_a_convolution_is_fused():
     fused = [node for node in module.graph.nodes if isinstance(node.target, str) and node.target.endswith("_relu")]
     assert len(fused) == 107
     assert sum(len(node.args) == 2 for node in fused) == 33  # the residual blocks of ResNet101
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("name", ["fcn_resnet50", "lraspp_mobilenet_v3_large"])
+def test_other_networks_agree_in_fp16_and_fp32(name):
+    torch.manual_seed(0)
+    network = get_model(name, weights=None, weights_backbone=None, num_classes=21, aux_loss=False)
+    images = torch.randn(2, 3, 224, 224)
+    fp16, fp32 = (
+        SegmentationNetwork(name, network.state_dict(), torch.device("cuda"), precision)(images)
+        for precision in ("fp16", "fp32")
+    )
+    assert (fp16 - fp32).abs().mean() < 0.1 * fp32.std()
 
 
 @NEEDS_GPU
