@@ -142,7 +142,7 @@ def fit_shared_memory(
         return instances, max_pixels, ""
     instances = max(1, min(instances, free // needed(min(max_pixels, USEFUL_PIXELS))))
     fitting = bisect.bisect_right(range(max_pixels + 1), free // instances, key=needed) - 1
-    advice = f"use docker run --shm-size {math.ceil(wanted / 1e9)}gb, or make /dev/shm larger"
+    advice = f"use docker run --shm-size {math.ceil(wanted / 2**30)}gb, or make /dev/shm larger"
     if fitting < 1:
         raise UsageError(f"/dev/shm has only {free / 1e6:,.0f} MB free, too little for any photo: {advice}")
     return (

@@ -51,7 +51,8 @@ def assert_both_workers_answer(server: Server) -> None:
     before = busy()
     with ThreadPoolExecutor(4) as pool:
 
-        def both_have_worked() -> bool:  # by a clock with ticks of 10 ms, of which a photo on a GPU takes a part
+        def both_have_worked() -> bool:
+            # CPU time is counted in ticks of 10 ms, and a photo on a GPU takes less than one.
             for answer in pool.map(connection.infer, [PHOTO] * 4):
                 assert psnr(answer["original"][0], decode(PHOTO)) > 40
                 assert answer["segmented"].any(axis=3).mean() > 0.3
