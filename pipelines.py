@@ -63,12 +63,10 @@ class Postprocess:
 
     def __init__(self, device: torch.device, max_batch_size: int = 1):
         self._device = device
-        self._options = {
-            "device": "cpu" if device.type == "cpu" else "gpu",
-            **_pipeline_options(device, max_batch_size),
-        }
+        self._options = {"device": "cpu", **_pipeline_options(device, max_batch_size)}
         if device.type == "cuda":
-            self._options["num_threads"] = 1  # there is nothing for the CPU to do, and waking threads takes time
+            # One thread: there is nothing for the CPU to do, and waking threads takes time.
+            self._options |= {"device": "gpu", "num_threads": 1}
         self._pipeline: Pipeline | None = None
 
     def __call__(

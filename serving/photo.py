@@ -21,7 +21,7 @@ MAX_SEGMENTS = 20_000
 JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)
 END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
 FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-OTHER_SEGMENTS = frozenset({0xC4, 0xCC, *range(0xDA, 0xDE), *range(0xE0, 0xF0), 0xFE})  # tables, scans, metadata
+SEGMENTS = FRAME_HEADERS | {0xC4, 0xCC, *range(0xDA, 0xDE), *range(0xE0, 0xF0), 0xFE}  # and tables, scans, metadata
 
 # Pillow would refuse large photos before we do, in its own words.
 Image.MAX_IMAGE_PIXELS = None
@@ -95,7 +95,7 @@ def _check_jpeg(data: bytes) -> tuple[int, int]:
         if kind == END_OF_IMAGE:
             break
         length = int.from_bytes(data[start : start + 2])
-        if length < 2 or kind not in FRAME_HEADERS | OTHER_SEGMENTS:  # decoders differ in where it ends
+        if length < 2 or kind not in SEGMENTS:  # decoders differ in where it ends
             raise InvalidRequest(DAMAGED_HEADER)
         scans += kind == START_OF_SCAN
         if scans > MAX_SCANS:

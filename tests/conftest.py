@@ -7,11 +7,13 @@ import mmap
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +239,25 @@ def decode(encoded: bytes) -> np.ndarray:
     if image.mode == "I;16":  # Pillow's own conversion clips instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def decode_cut_out(encoded: bytes) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return a cut-out from its file, uint8 ``[H, W, 3]``, black where it is transparent, its alpha and its format."""
+    image = Image.open(io.BytesIO(encoded))
+    rgba = np.asarray(image.convert("RGBA"))
+    return np.where(rgba[..., 3:], rgba[..., :3], 0), rgba[..., 3], image.format
+
+
+def with_chunk(png: bytes, kind: bytes, data: bytes, count: int = 1) -> bytes:
+    """Return the PNG with a chunk behind its first, the header."""
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return png[:33] + count * chunk + png[33:]
+
+
+def with_segments(jpeg: bytes, marker: int, contents: Iterable[bytes]) -> bytes:
+    """Return the JPEG with segments in front of all others."""
+    segments = [bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data for data in contents]
+    return b"".join([jpeg[:2], *segments, jpeg[2:]])
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,23 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Photos that are refused leave nothing behind: no memory, no process."""
 
-import struct
 import zlib
 
 import pytest
-from conftest import PHOTO, PROTOCOLS, encode, running_server, sample
+from conftest import PHOTO, PROTOCOLS, encode, running_server, sample, with_chunk
 
 from client import Connection, InferenceError
 
 PICTURE = sample("person")
 PNG = encode(PICTURE, "PNG")
 PROGRESSIVE = encode(PICTURE.resize((40, 40)), "JPEG", progressive=True)
-
-
-def with_chunk(png: bytes, kind: bytes, data: bytes) -> bytes:
-    """Return the PNG with a chunk behind its first, the header."""
-    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return png[:33] + chunk + png[33:]
 
 
 # Each reaches another place: PyTriton, the check of the header, or the decoder.

@@ -4,7 +4,6 @@
 SOAK in the environment sets the seconds. The default of 120 shows little of growth; SOAK=1800 shows more.
 """
 
-import io
 import os
 import random
 import socket
@@ -17,8 +16,18 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import torch
-from conftest import PROTOCOLS, SAMPLES, Server, encode, http_request, psnr, running_server, sample, wait_for
-from PIL import Image
+from conftest import (
+    PROTOCOLS,
+    SAMPLES,
+    Server,
+    decode_cut_out,
+    encode,
+    http_request,
+    psnr,
+    running_server,
+    sample,
+    wait_for,
+)
 
 from client import Connection, InferenceError
 
@@ -97,14 +106,11 @@ def is_right(answer: dict, expected: dict) -> bool:
     """
     if "encoded" not in answer:
         return all(is_similar(array[0], expected[name][0]) for name, array in answer.items())
-    image = Image.open(io.BytesIO(answer["encoded"][0].tobytes()))
-    rgba, segmented, mask = np.asarray(image.convert("RGBA")), expected["segmented"][0], expected["mask"][0]
-    if image.format == "JPEG":
-        return rgba.shape[:2] == mask.shape and psnr(rgba[..., :3], segmented) > 28
-    if not is_similar(rgba[..., 3], mask):
+    cut_out, alpha, kind = decode_cut_out(answer["encoded"][0].tobytes())
+    segmented = expected["segmented"][0]
+    if cut_out.shape != segmented.shape or (kind != "JPEG" and not is_similar(alpha, expected["mask"][0])):
         return False
-    colors = np.where(mask[..., None], rgba[..., :3], 0)
-    return is_similar(colors, segmented) if image.format == "PNG" else psnr(colors, segmented) > 28
+    return is_similar(cut_out, segmented) if kind == "PNG" else psnr(cut_out, segmented) > 28
 
 
 def is_similar(answer: np.ndarray, expected: np.ndarray) -> bool:

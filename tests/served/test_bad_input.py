@@ -5,12 +5,11 @@ import struct
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL_NAME, PHOTO, ROOT, decode, encode, psnr, sample
+from conftest import MODEL_NAME, PHOTO, ROOT, decode, encode, psnr, sample, with_chunk, with_segments
 from PIL import Image
 
 from client import Connection, InferenceError
@@ -23,18 +22,6 @@ def with_size(jpeg: bytes, width: int, height: int) -> bytes:
     """Return the JPEG with another size in its header."""
     position = jpeg.index(b"\xff\xc0") + 5
     return jpeg[:position] + struct.pack(">HH", height, width) + jpeg[position + 4 :]
-
-
-def with_chunk(png: bytes, kind: bytes, data: bytes, count: int = 1) -> bytes:
-    """Return the PNG with a chunk behind its first, the header."""
-    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return png[:33] + count * chunk + png[33:]
-
-
-def with_segments(jpeg: bytes, marker: int, contents: Iterable[bytes]) -> bytes:
-    """Return the JPEG with segments in front of all others."""
-    segments = [bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data for data in contents]
-    return b"".join([jpeg[:2], *segments, jpeg[2:]])
 
 
 # As a phone writes it: the preview at the front has an end marker of its own.

@@ -3,7 +3,6 @@
 
 import os
 import signal
-import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import answer_memory, as_array
+from conftest import answer_memory, as_array, with_segments
 from gpu import DEVICES
 from pytriton.proxy.types import Request
 
@@ -326,7 +325,5 @@ def test_an_answer_that_takes_long_to_compute_holds_up_no_other_batch():
 
 @pytest.mark.timeout(20)  # with Pillow, it takes more than a minute
 def test_50_mb_of_metadata_do_not_hold_up_the_batch():
-    photo = blank_photo(64, 48).tobytes()
-    segment = b"\xff\xe1" + struct.pack(">H", 12_508) + b"Exif\0\0" + bytes(12_500)
-    photo = photo[:2] + 4000 * segment + photo[2:]
-    assert check_photo(np.frombuffer(photo, np.uint8), 25_000_000) == (64, 48)
+    photo = with_segments(blank_photo(64, 48).tobytes(), 0xE1, [b"Exif\0\0" + bytes(12_500)] * 4000)
+    assert check_photo(as_array(photo), 25_000_000) == (64, 48)
