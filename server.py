@@ -45,6 +45,7 @@ OUTPUTS = [
     Tensor(name="encoded", dtype=np.uint8, shape=(-1,)),  # segmented as an image file
 ]
 DEFAULT_OUTPUTS = ("original", "segmented")
+PARAMETERS = ("class_name", "threshold", "format", "quality")
 
 
 def answer_bytes(pixels: int) -> int:
@@ -94,6 +95,8 @@ class Segmentation(Stages):
         """Check a request before it joins a batch. Raises InvalidRequest, whose message goes to the client."""
         photo, parameters, outputs = request["image"], request.parameters, request.requested_output_names
         size = check_photo(photo, self.options.max_pixels)
+        if unknown := parameters.keys() - PARAMETERS:
+            raise InvalidRequest(f"unknown parameter {shorten(min(unknown))}, not one of {', '.join(PARAMETERS)}")
         try:
             classes = self.network.class_indices(parameters.get("class_name", self.options.class_name))
         except ValueError as error:

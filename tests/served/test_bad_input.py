@@ -157,6 +157,12 @@ def test_a_bad_format_or_quality_is_answered_with_what_is_valid(connection, para
     assert_it_serves(connection)
 
 
+def test_an_unknown_parameter_is_answered_with_the_names_of_all(connection):
+    expected = "unknown parameter 'treshold', not one of class_name, threshold, format, quality"
+    assert refusal(connection, PHOTO, treshold=0.9, threshold=0.5) == expected
+    assert_it_serves(connection)
+
+
 @pytest.mark.parametrize(
     "body",
     [
