@@ -107,6 +107,10 @@ def _preprocess_pipeline(decoder: str, input_size: int):
         # By default a batch is split between the GPU's JPEG hardware and its cores, which round differently, so that
         # pixels would depend on the batch. See DEVICE_DEFAULTS in serving/options.py, too.
         hw_decoder_load=1.0,
+        # nvJPEG pads each of its buffers, several per thread. With DALI's defaults, 8 MB on the host and 16 MB on the
+        # GPU, a worker grows by hundreds of megabytes as its threads meet more kinds of JPEG.
+        host_memory_padding=1 << 20,
+        device_memory_padding=1 << 20,
     )
     small = fn.resize(photo, size=[input_size, input_size], interp_type=types.INTERP_LINEAR, dtype=types.FLOAT)
     image = fn.crop_mirror_normalize(
