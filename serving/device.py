@@ -6,6 +6,7 @@ torch takes seconds to import. It is imported only where a GPU may be involved.
 
 import ctypes
 import logging
+import os
 from multiprocessing import Pipe
 
 from serving.channel import FORK
@@ -33,6 +34,10 @@ def list_devices(choice: str, timeout_s: float) -> list[str]:
         gpus = 0
     finally:
         process.kill()
+        process.join(1)  # otherwise it would stay as a zombie
+        if process.is_alive():
+            LOGGER.critical("cannot kill the process that counts the GPUs: their driver is probably hung")
+            os._exit(1)  # Python's own exit would wait for it
     if not gpus:
         raise UsageError("--device all: torch finds no CUDA device; run nvidia-smi to see the GPUs and the driver")
     return [f"cuda:{index}" for index in range(gpus)]
