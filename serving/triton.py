@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import pytriton.triton
 import uvloop
+from pytriton.constants import PYTRITON_HOME
 from pytriton.exceptions import PyTritonError
 from pytriton.triton import TritonConfig, TritonSecurityConfig
 from pytriton.utils.distribution import get_stub_path
@@ -52,6 +53,9 @@ TOKEN = re.compile(r"[\w-]{16,}", re.ASCII)
 # usual 8 MB, a few megabytes from a client crash Triton. A thread's stack takes memory only as far as it is used.
 STACK_BYTES = 1 << 30
 
+# sun_path in unix(7) has 108 bytes, the last of which is NUL.
+SOCKET_PATH_BYTES = 107
+
 LOGGER = logging.getLogger("server")
 
 
@@ -70,8 +74,9 @@ class Triton:
         _prepare_environment()
 
     def bind(self, **model: object) -> None:
-        """Remember the model. Takes the arguments of PyTriton's ``bind`` by name."""
+        """Remember the model. Takes the arguments of PyTriton's ``bind`` by name. Raises UsageError."""
         self._model = model
+        _check_home(model["model_name"])
 
     def serve(self) -> None:
         """Start Triton and serve the model until a signal arrives. Leaves through SystemExit or ServerError."""
@@ -79,7 +84,7 @@ class Triton:
             triton = pytriton.triton.Triton(config=self._config, security_config=self._security)
         except OSError as error:
             raise UsageError(
-                f"PyTriton cannot create its workspace: {error}; set PYTRITON_HOME to a folder with a short path"
+                f"PyTriton cannot create its workspace: {error}; set PYTRITON_HOME to a folder that can be written to"
             ) from error
         helpers: list[psutil.Process] = []
         try:
@@ -189,6 +194,17 @@ def _listening(config: TritonConfig) -> Iterator[tuple[str, str, int]]:
 
 def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(socket.gethostbyname(address)).is_loopback
+
+
+def _check_home(model_name: object) -> None:
+    # Otherwise one of the processes that PyTriton starts would fail, with a traceback.
+    # This is the longest of its paths with up to 100 instances.
+    socket_path = PYTRITON_HOME / "workspace_12345678" / f"{model_name}_0_99-server.sock"
+    if len(os.fsencode(socket_path)) > SOCKET_PATH_BYTES:
+        raise UsageError(
+            f"the path of PyTriton's folder, {PYTRITON_HOME}, is too long for the sockets in it: set PYTRITON_HOME to "
+            "a shorter one, such as /tmp/pytriton"
+        )
 
 
 def _check_ports(config: TritonConfig) -> None:
