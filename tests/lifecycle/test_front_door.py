@@ -3,8 +3,10 @@
 
 import gzip
 import http.client
+import json
 import ssl
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -17,8 +19,12 @@ from front_door import (
     SERVICE,
     Proxy,
     access_token,
+    connected,
     grpc_status,
     make_certificate,
+    receive,
+    request_head,
+    send,
     status,
 )
 from PIL import Image
@@ -118,6 +124,32 @@ def test_sizes_that_are_wrong_or_too_large_are_refused_before_the_body(proxy, he
 
 
 @NEEDS_NGINX
+@pytest.mark.parametrize(
+    ("path", "headers", "sentence"),
+    [
+        ("/v2/logging", ("Content-Length: 0",), "the proxy does not let this method and path through"),
+        (INFER, (RAW, "Content-Length: -9"), "the request is malformed: check Content-Length and Inference-Header"),
+        (INFER, (RAW,), "send the body with a Content-Length, not in chunks"),
+        (INFER, (RAW, "Content-Length: 52000000"), "the request is too large: save the photo as a JPEG, or scale it"),
+        (INFER, (RAW, "Content-Length: 9", "Content-Encoding: gzip"), "send the request without compression"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong_in_a_sentence(proxy, path, headers, sentence):
+    with connected(proxy.http_port) as connection:
+        send(connection, request_head("POST", path, *headers))
+        head, body = receive(connection).split(b"\r\n\r\n", 1)
+    assert b"Content-Type: application/json" in head
+    assert json.loads(body)["error"].startswith(sentence)
+
+
+@NEEDS_NGINX
+def test_a_refusal_over_grpc_says_what_is_wrong_in_a_sentence(proxy):
+    with grpc.insecure_channel(f"127.0.0.1:{proxy.grpc_port}") as channel, pytest.raises(grpc.RpcError) as error:
+        channel.unary_unary(f"{SERVICE}/LogSettings")(b"", timeout=60)
+    assert error.value.details() == "the proxy does not let this method and path through"
+
+
+@NEEDS_NGINX
 def test_a_large_message_over_grpc_is_refused(proxy):
     code = grpc_status(proxy.grpc_port, f"{SERVICE}/ModelInfer", bytes(52_000_000))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -159,23 +191,26 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tls_and_the_api_key(server, certificate):
     context = ssl.create_default_context(cafile=str(certificate))
 
-    def get(path: str, **headers: str) -> int:
+    def ask(method: str, path: str, body: bytes | None = None, **headers: str) -> int:
         connection = http.client.HTTPSConnection("localhost", locked.https_port, context=context, timeout=10)
-        connection.request("GET", path, headers=headers)
+        connection.request(method, path, body, headers)
         return connection.getresponse().status
 
     with Proxy([server], certificate, api_key="6fa04a") as locked:
-        assert get("/v2/models/Toy/ready") == 200  # health needs no key
-        assert get("/v2/models/Toy") == 403
-        assert get("/v2/models/Toy", Authorization="Bearer 6FA04A") == 403
-        assert get("/v2/models/Toy", Authorization="Bearer 6fa04a") == 200
+        assert ask("GET", "/v2/models/Toy/ready") == 200  # health needs no key
+        infer = partial(ask, "POST", INFER, PHOTO, **{"Inference-Header-Content-Length": "0"})
+        for request in (partial(ask, "GET", "/v2/models/Toy"), infer):
+            assert request() == 403
+            assert request(Authorization="Bearer 6FA04A") == 403
+            assert request(Authorization="Bearer 6fa04a") == 200
 
         with tritonclient.grpc.InferenceServerClient(
             f"localhost:{locked.grpcs_port}", ssl=True, root_certificates=str(certificate)
         ) as client:
             image = locked.connect("grpc").image_input(PHOTO)
             assert client.is_model_ready("Toy")
-            with pytest.raises(Exception, match="send a valid API key"):
-                client.infer("Toy", [image])
+            for refused in (client.get_model_metadata, partial(client.infer, inputs=[image])):
+                with pytest.raises(Exception, match="send a valid API key"):
+                    refused("Toy")
             result = client.infer("Toy", [image], headers={"authorization": "Bearer 6fa04a"})
             assert (result.as_numpy("inverted")[0] == 255 - decode(PHOTO)).all()

@@ -2,10 +2,13 @@
 """How the server starts: what stops it, what it falls back to, and what a signal in between does."""
 
 import argparse
+import os
 import re
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 from collections import namedtuple
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,8 @@ import psutil
 import pytest
 from conftest import (
     PHOTO,
+    ROOT,
+    TOY_SERVER,
     Server,
     decode,
     get,
@@ -181,10 +186,61 @@ def test_each_device_has_a_worker_and_all_of_them_answer(servers):
     wait_for(all_have_worked)
 
 
-def test_a_workspace_that_cannot_be_created_is_one_line(tmp_path):
-    with start_toy(tmp_path / "log", environment={"PYTRITON_HOME": "/proc/nowhere"}) as server:
+@pytest.mark.parametrize(
+    ("home", "expected"),
+    [
+        ("/proc/nowhere", "PyTriton cannot create its workspace: "),
+        (f"/tmp/{'x' * 90}", f"the path of PyTriton's folder, /tmp/{'x' * 90}, is too long for the sockets in it: "),
+    ],
+)
+def test_a_workspace_that_cannot_be_created_is_one_line(tmp_path, home, expected):
+    with start_toy(tmp_path / "log", environment={"PYTRITON_HOME": home}) as server:
         assert server.process.wait(timeout=30) == 2
-        assert "toy_server.py: PyTriton cannot create its workspace: " in server.log.read_text().splitlines()[-1]
+        assert f"toy_server.py: {expected}" in server.log.read_text().splitlines()[-1]
+        assert "Traceback" not in server.log.read_text()
+
+
+WAIT_AND_EXIT = "from client import *; Connection(sys.argv[-1], 'Toy').wait_for_model(30); sys.exit(7)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("--", "-c", WAIT_AND_EXIT), 7, "ready: model Toy at http://127.0.0.1:"),
+        (("--nonsense", "--", "-c", "import time; time.sleep(1000)"), 2, "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_a_server_is_launched_for_as_long_as_a_client_runs(arguments, status, said):
+    with tempfile.TemporaryDirectory(prefix="pytriton-") as home:
+        done = launch(TOY_SERVER, *arguments, PYTRITON_HOME=home)
+        assert done.returncode == status
+        assert said in done.stderr
+
+        def is_gone() -> bool:
+            processes = psutil.process_iter(["environ"])
+            return all((process.info["environ"] or {}).get("PYTRITON_HOME") != home for process in processes)
+
+        wait_for(is_gone)
+
+
+def test_the_launcher_says_how_to_use_it():
+    done = launch(TOY_SERVER)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "usage: python -m serving.launch SERVER.py [OPTION ...] -- CLIENT.py [OPTION ...]\n",
+    )
+
+
+def launch(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "serving.launch", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
 
 
 def test_a_full_disk_is_one_line(tmp_path):

@@ -2,6 +2,7 @@
 """client.py: what it sends, writes and reports, and with which status it exits."""
 
 import http.server
+import itertools
 import signal
 import socket
 import subprocess
@@ -9,12 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import PROTOCOLS, ROOT, SAMPLES, Server, decode, encode, psnr, run_script, sample
+from conftest import PROTOCOLS, ROOT, SAMPLES, Server, decode, encode, psnr, run_script, sample, wait_for
 from PIL import Image
 
 import client
@@ -104,6 +106,60 @@ def test_black_pixels_of_a_photo_do_not_count_as_cut_away(run_client, server, tm
     photo[:20] = 0  # 10 %
     Image.fromarray(photo).save(tmp_path / "dark.png")
     assert kept(run_client("--url", server.http_url, "--threshold", 0, "--image-paths", "dark.png")) == 100
+
+
+@pytest.mark.parametrize("name", ["jpeg", "png", "webp"])
+def test_it_writes_the_servers_files_unchanged_with_the_original_upright_and_the_mask(
+    run_client, server, tmp_path, name
+):
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # turned by 90 degrees
+    photo = encode(sample("person", (300, 200)), "JPEG", quality=95, exif=orientation)
+    (tmp_path / "turned.jpg").write_bytes(photo)
+    arguments = ("--format", name, "--mask", "--dump-images", "--image-paths", "turned.jpg", "--output-dir", "out")
+    done = run_client("--url", server.http_url, *arguments, "--class-name", "person,cat", "--threshold", 0.4)
+    assert done.status == 0, done.err
+    ending = "jpg" if name == "jpeg" else name
+    original, mask, cut_out = (tmp_path / "out" / file for file in ("orig0.jpg", "mask0.png", f"segm0.{ending}"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {original.name, mask.name, cut_out.name}
+    assert psnr(image(original), decode(photo)) > 40
+    parameters = {"format": name, "class_name": "person,cat", "threshold": 0.4}
+    expected = server.connect("http").infer(photo, ("encoded", "mask"), parameters)
+    assert cut_out.read_bytes() == expected["encoded"].tobytes()
+    assert np.array_equal(image(mask), expected["mask"][0] > 0)
+    assert image(mask).any()
+    assert f"turned.jpg: 200 x 300 pixels, {image(mask).mean():.0%} kept, {cut_out.stat().st_size / 1000:.0f} KB" in (
+        done.out
+    )
+
+
+def test_an_interrupted_run_is_resumed(run_client, server, tmp_path):
+    photos = [f"photo{index}.png" for index in range(3)]
+    for photo in photos:
+        sample("cat", (90, 60)).save(tmp_path / photo)
+    arguments = ("--format", "png", "--mask", "--output-dir", "out", "--image-paths", *photos)
+    assert run_client("--url", server.http_url, *arguments).status == 0
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert len(written) == 6
+    (tmp_path / "out" / "mask1.png").unlink()
+    (tmp_path / "out" / "mask1.png.part").write_bytes(b"half a file")
+    done = run_client("--url", server.http_url, *arguments, "--skip-existing")
+    assert done.status == 0, done.err
+    assert "skipping 2 of 3 photos: their output files exist" in done.out
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert {path.name for path in written if again[path] != written[path]} == {"segm1.png", "mask1.png"}
+    assert again.keys() == written.keys()
+    # When nothing is left to do, no server is needed.
+    done = run_client("--url", "http://127.0.0.1:9", *arguments, "--skip-existing")
+    assert (done.status, done.err) == (0, "")
+    assert "skipping 3 of 3 photos" in done.out
+
+
+def test_each_thread_keeps_a_connection_of_its_own():
+    connection = client.Connection("127.0.0.1")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: connection.client).result() is not connection.client
+    assert connection.client is connection.client
 
 
 def test_a_url_without_a_scheme_means_http(run_client, server):
@@ -210,12 +266,41 @@ def test_a_server_of_something_else_is_recognized(run_client, url_of):
     assert done.err.splitlines()[-1].startswith(f"client.py: {url_of}: the model ResNet101 is not ready. ")
 
 
+def test_it_waits_until_the_server_listens_and_the_model_is_ready(caplog):
+    caplog.set_level("INFO", logger="client")
+    asked = itertools.count(1)
+
+    class LateServer(http.server.BaseHTTPRequestHandler):
+        """The model is ready when somebody asks for the third time."""
+
+        def do_GET(self) -> None:
+            self.send_response(200 if next(asked) >= 3 else 400)
+            self.end_headers()
+
+    with http.server.HTTPServer(("127.0.0.1", 0), LateServer, bind_and_activate=False) as late:
+        late.server_bind()  # until it listens, connections are refused
+        url = f"http://127.0.0.1:{late.server_port}"
+
+        def listen() -> None:
+            wait_for(lambda: caplog.messages)  # after the first refusal
+            late.server_activate()
+            for _ in range(3):
+                late.handle_request()
+
+        threading.Thread(target=listen, daemon=True).start()
+        client.Connection(url).wait_for_model(timeout_s=30)
+    assert caplog.messages == [f"waiting up to 30 s for {url} to serve ResNet101"]
+    assert next(asked) == 4
+
+
 @pytest.mark.parametrize("url_of", [SlowServer], indirect=True)
 def test_ctrl_c_does_not_wait_for_the_requests_in_flight(url_of, tmp_path):
-    command = [sys.executable, ROOT / "client.py", "--url", url_of, "--image-paths", *[PERSON] * 9]
+    options = ["--url", url_of, "--concurrency", "2", "--image-paths", *[PERSON] * 9]
+    command = [sys.executable, ROOT / "client.py", *options]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        for _ in range(client.parse_options([]).concurrency):
+        for _ in range(2):
             assert SlowServer.requests.acquire(timeout=30)
+        assert not SlowServer.requests.acquire(timeout=0.5)  # no more than --concurrency
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=5) == 130
         said = process.stderr.read()

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import PHOTO, ROOT, SAMPLES, Server, decode, encode, psnr, running_server, sample, wait_for
+from conftest import MODEL_NAME, PHOTO, ROOT, SAMPLES, Server, decode, encode, psnr, running_server, sample, wait_for
 from gpu import NEEDS_GPU
 
 from client import InferenceError
@@ -29,6 +29,15 @@ def test_without_pretrained_weights_the_server_falls_back_loudly_to_the_demonstr
     for url in (server.http_url, server.grpc_url, f"http://127.0.0.1:{server.metrics_port}/metrics"):
         assert url in lines[ready]
     assert psnr(server.connect("http").infer(PHOTO, ("original",))["original"][0], decode(PHOTO)) > 40
+
+
+def test_the_queue_has_the_documented_limits(server):
+    config = server.connect("http").client.get_model_config(MODEL_NAME)
+    policy = config["dynamic_batching"]["default_queue_policy"]
+    assert policy["max_queue_size"] == (512 if torch.cuda.is_available() else 12)
+    assert int(policy["default_timeout_microseconds"]) == 60_000_000
+    assert policy["allow_timeout_override"]
+    assert policy.get("timeout_action", "REJECT") == "REJECT"
 
 
 def test_a_bad_photo_costs_the_others_in_its_batch_nothing(server):

@@ -36,11 +36,13 @@ def pixels(file: np.ndarray) -> np.ndarray:
 
 
 def test_a_batch_may_mix_formats_and_qualities_and_photos_that_need_no_file(device):
-    files = [ImageFile("jpeg", 95), None, ImageFile("png", 100), ImageFile("jpeg", 10), ImageFile("webp", 80)]
-    good, nothing, png, coarse, webp = encode(device, *files)
+    files = [ImageFile("jpeg", 95), None, ImageFile("png", 100), ImageFile("jpeg", 10)]
+    files += [ImageFile("webp", 80), ImageFile("webp", 10)]
+    good, nothing, png, coarse, webp, coarse_webp = encode(device, *files)
     assert nothing is None
     assert psnr(pixels(good), CUT_OUT) > 38 > 32 > psnr(pixels(coarse), CUT_OUT)
     assert len(coarse) < len(good) / 3
+    assert len(coarse_webp) < len(webp) / 2
     np.testing.assert_array_equal(pixels(png), np.dstack([CUT_OUT, MASK]))
     np.testing.assert_array_equal(pixels(webp)[..., 3], MASK)
     assert psnr(pixels(webp)[MASK > 0][:, :3], CUT_OUT[MASK > 0]) > 30

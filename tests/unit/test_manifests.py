@@ -12,6 +12,7 @@ import server
 from serving.memory import SHM_BYTES_PER_BYTE, SHM_BYTES_PER_INSTANCE
 from serving.options import MOST_DEFAULT_INSTANCES
 from serving.photo import max_photo_bytes
+from serving.triton import _configure
 
 DEPLOY = ROOT / "deploy"
 MANIFESTS = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
@@ -52,9 +53,14 @@ def test_kubernetes_accepts_the_manifests(manifest):
     kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_in_a_pod_only_the_proxy_and_the_metrics_can_be_reached():
+def test_in_a_pod_only_the_proxy_and_the_metrics_can_be_reached(monkeypatch):
     server_container, proxy = containers()
     options = options_of(server_container["args"][-1])
+    for variable in server_container["env"]:
+        monkeypatch.setenv(variable["name"], variable["value"])
+    triton = _configure(options)
+    assert (triton.http_address, triton.grpc_address, triton.metrics_address) == ("127.0.0.1", "127.0.0.1", "0.0.0.0")
+    assert triton.metrics_port == server_container["ports"][0]["containerPort"]
     assert "address" not in options  # Triton listens on loopback, where the proxy's configuration expects it
     assert options.behind_proxy
     assert options.weights == "pretrained"  # never the demonstration weights
@@ -66,6 +72,19 @@ def test_in_a_pod_only_the_proxy_and_the_metrics_can_be_reached():
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         assert container["securityContext"]["readOnlyRootFilesystem"]
         assert not container["securityContext"]["allowPrivilegeEscalation"]
+
+
+def test_the_services_and_the_autoscaler_find_the_pods():
+    deployment = manifest("Deployment")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    ports = {port["name"] for container in containers() for port in container["ports"]}
+    services = [found["spec"] for found in MANIFESTS if found["kind"] == "Service"]
+    assert services
+    for service in services:
+        assert service["selector"].items() <= labels.items()
+        assert {port["targetPort"] for port in service["ports"]} <= ports
+    target = manifest("HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"])
 
 
 def test_the_network_policy_shows_the_metrics_to_prometheus_only():

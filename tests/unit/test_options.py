@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command lines: each mistake is one line that names the option and what is valid, with status 2."""
 
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 from conftest import SAMPLES
@@ -72,6 +75,8 @@ def test_help_shows_each_option_with_its_default(parse_options, capsys):
         (["--concurrency", "0"], "argument --concurrency: must be at least 1, not 0"),
         (["--threshold", "high"], "argument --threshold: invalid float value: 'high'"),
         (["--image-paths"], "argument --image-paths: expected at least one argument"),
+        (["--format", "gif"], "argument --format: invalid choice: 'gif' (choose from "),
+        (["--skip-existing"], "argument --skip-existing: needs --dump-images, --mask or a --format other than raw"),
     ],
 )
 def test_a_mistake_in_the_clients_options_is_one_line(arguments, expected, capsys):
@@ -110,7 +115,11 @@ def test_a_server_without_options_has_the_documented_defaults():
     assert (options.input_size, options.precision, options.device) == (224, "auto", "auto")
     assert (options.max_pixels, options.drain_s) == (25_000_000, 2)
     assert (options.start_timeout_s, options.worker_timeout_s) == (600, 300)
-    assert device_default(options, "instances", "cuda") == DEVICE_DEFAULTS["cuda"]["instances"] == 14
+    assert DEVICE_DEFAULTS == {
+        "cuda": {"instances": 14, "max_batch_size": 7, "max_queue": 512},
+        "cpu": {"instances": 4, "max_batch_size": 4, "max_queue": 12},
+    }
+    assert device_default(options, "instances", "cuda") == 14
     assert device_default(server.parse_options(["--instances", "3"]), "instances", "cuda") == 3
 
 
@@ -124,6 +133,11 @@ def test_without_options_triton_listens_on_loopback(monkeypatch):
     assert [config.http_port, config.grpc_port, config.grpc_address] == [9000, 9001, "127.0.0.2"]
     config = _configure(server.parse_options(["--http-port", "9002", "--address", "localhost"]))
     assert [config.http_port, config.grpc_address] == [9002, "127.0.0.1"]
+
+
+def test_vertex_ai_and_sagemaker_are_off_by_default():
+    config = _configure(server.parse_options([]))
+    assert (config.allow_vertex_ai, config.allow_sagemaker) == (False, False)
 
 
 def test_a_class_that_the_network_does_not_know_is_refused_before_it_is_served():
@@ -151,8 +165,50 @@ def test_devices_are_listed_in_order():
     assert list_devices("cuda:1,cuda:0", 60) == ["cuda:1", "cuda:0"]
 
 
-def test_the_sample_photo_is_sent_by_default():
-    assert client.find_photos(client.parse_options([]).image_paths) == [SAMPLES["person"][0]]
-    assert client.parse_options([]).parameters == {}
+def test_all_means_each_gpu_and_counting_them_leaves_no_process(monkeypatch):
+    monkeypatch.setattr("serving.device._count_gpus", lambda: 2)
+    before = psutil.Process().children()
+    assert list_devices("all", 60) == ["cuda:0", "cuda:1"]
+    assert set(psutil.Process().children()) <= set(before)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("gpu-server", "http://gpu-server:8000"),
+        ("grpc://gpu-server", "grpc://gpu-server:8001"),
+        ("http://[::1]", "http://[::1]:8000"),
+    ],
+)
+def test_ports_may_be_omitted(url, expected):
+    assert client.Connection(url).url == expected
+
+
+def test_a_client_without_options_has_the_documented_defaults():
+    options = client.parse_options([])
+    assert client.find_photos(options.image_paths) == [SAMPLES["person"][0]]
+    assert (options.format, options.url, options.concurrency) == ("raw", "http://127.0.0.1:8000", 4)
+    assert (options.output_dir, options.init_timeout_s) == (Path(), 30)
+    assert options.parameters == {}
     parameters = client.parse_options(["--class-name", "cat", "--threshold", "0.5"]).parameters
     assert parameters == {"class_name": "cat", "threshold": 0.5}
+
+
+def test_folders_and_patterns_mean_their_photos_in_a_stable_order(tmp_path):
+    names = ["b.jpg", "a.PNG", "c.webp", "note.txt", "other/e.jpeg", "other/d.bmp"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(*patterns: str) -> list[str]:
+        return [str(path.relative_to(tmp_path)) for path in client.find_photos([f"{tmp_path}/{p}" for p in patterns])]
+
+    assert found("") == ["a.PNG", "b.jpg", "c.webp"]
+    assert found("note.txt", "other", "b.jpg") == ["note.txt", "other/d.bmp", "other/e.jpeg", "b.jpg"]
+    assert found("[bc].*") == ["b.jpg", "c.webp"]
+    assert found("**/*.jp*g") == ["b.jpg", "other/e.jpeg"]
+    (tmp_path / "[1].jpg").touch()  # a name that looks like a pattern
+    assert found("[1].jpg") == ["[1].jpg"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(client.ClientError, match=r"empty contains no photos \(.bmp, .jpeg, .jpg, .png, .webp\)$"):
+        found("empty")

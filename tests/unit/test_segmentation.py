@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import SAMPLES, answer_memory, as_array, encode, iou, sample
 from gpu import DEVICES
+from PIL import Image
 from pytriton.proxy.types import Request
 
 import server
@@ -96,6 +97,13 @@ def test_a_request_becomes_a_job_with_defaults(runner):
     assert (read(runner).classes, read(runner).threshold, read(runner).outputs) == ([15], 0.6, BOTH)
     wanted = read(runner, {"class_name": "cat, dog,cat", "threshold": 1, "format": "webp", "quality": 50})
     assert (wanted.classes, wanted.threshold, wanted.file) == ([8, 12], 1, ImageFile("webp", 50))
+
+
+def test_a_photo_too_large_for_the_file_is_refused_if_the_file_is_wanted(runner):
+    data = {"image": as_array(encode(Image.new("RGB", (16_384, 1)), "PNG"))}
+    with pytest.raises(InvalidRequest, match="a webp file can be at most 16383 pixels wide and high"):
+        runner.stages.read(Request(data, parameters={"format": "webp"}, requested_output_names=("encoded",)))
+    runner.stages.read(Request(data, parameters={"format": "webp"}, requested_output_names=("mask",)))
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, 2, "high", True, "", float("nan"), None])
