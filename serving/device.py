@@ -7,10 +7,14 @@ torch takes seconds to import. It is imported only where a GPU may be involved.
 import ctypes
 import logging
 import os
+from collections.abc import Sequence
 from multiprocessing import Pipe
+from multiprocessing.process import BaseProcess
 
 from serving.channel import FORK
 from serving.errors import ServerError, UsageError
+
+KILL_TIMEOUT_S = 10
 
 CU_CTX_SCHED_BLOCKING_SYNC = 4  # from CUDA's cuda.h
 
@@ -33,14 +37,21 @@ def list_devices(choice: str, timeout_s: float) -> list[str]:
     except EOFError:
         gpus = 0
     finally:
-        process.kill()
-        process.join(1)  # otherwise it would stay as a zombie
-        if process.is_alive():
-            LOGGER.critical("cannot kill the process that counts the GPUs: their driver is probably hung")
-            os._exit(1)  # Python's own exit would wait for it
+        kill_all([process], "the process that counts the GPUs")
     if not gpus:
         raise UsageError("--device all: torch finds no CUDA device; run nvidia-smi to see the GPUs and the driver")
     return [f"cuda:{index}" for index in range(gpus)]
+
+
+def kill_all(processes: Sequence[BaseProcess], what: str) -> None:
+    """Kill processes and wait until they have ended. Exits if one does not; ``what`` says which, in the log."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(KILL_TIMEOUT_S)
+        if process.is_alive():
+            LOGGER.critical("cannot kill %s: the driver of its GPU is probably hung", what)
+            os._exit(1)  # Python's own exit would wait for it
 
 
 def resolve_device(choice: str) -> str:

@@ -26,7 +26,7 @@ from pytriton.proxy.types import Request
 
 from serving.batcher import Batcher
 from serving.channel import FORK, SLACK_BYTES, Channel, open_channels
-from serving.device import check_device, list_devices, open_stream, resolve_device
+from serving.device import check_device, kill_all, list_devices, open_stream, resolve_device
 from serving.errors import InferenceFailed, RequestError, ServerError, UsageError
 from serving.instance import Instance
 from serving.lifecycle import Lifecycle
@@ -36,7 +36,6 @@ from serving.photo import max_photo_bytes
 from serving.stages import Deferred, Stages
 
 MAX_WAIT_S = 60  # for an instance; after that, a request is refused unprocessed
-KILL_TIMEOUT_S = 10
 
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 
@@ -89,11 +88,7 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         self._lifecycle.finish()
-        for worker in self._workers:
-            worker.kill()
-        if not all(worker.join(KILL_TIMEOUT_S) for worker in self._workers):
-            LOGGER.critical("cannot kill a worker: the driver of its GPU is probably hung")
-            os._exit(1)  # Python's own exit would wait for the worker
+        kill_all([worker.process for worker in self._workers], "a worker")
 
     def _start(self) -> None:
         options = self._options
@@ -116,7 +111,7 @@ class Workers:
             with self._lifecycle.signals_deferred():
                 self._workers.append(_Worker(self._stages, options, device, channels, shm_bytes, self._answer_bytes))
             # When PyTriton stops, it waits for its instances, and they wait for the worker.
-            self._lifecycle.on_give_up(self._workers[-1].kill)
+            self._lifecycle.on_give_up(self._workers[-1].process.kill)
         reports = self._wait_until_ready(options.start_timeout_s)
         for worker, report in zip(self._workers, reports, strict=True):
             threading.Thread(target=self._fail_without, args=(worker,), daemon=True).start()
@@ -164,8 +159,8 @@ class _Worker:
         self.device = device
         self.status, worker_end = Pipe()
         build = partial(_build, stages, options, device, channels, shm_bytes, answer_bytes)
-        self._process = FORK.Process(target=_run, args=(os.getpid(), build, worker_end))
-        self._process.start()
+        self.process = FORK.Process(target=_run, args=(os.getpid(), build, worker_end))
+        self.process.start()
         worker_end.close()
 
     def read_report(self) -> _Ready:
@@ -173,8 +168,8 @@ class _Worker:
         try:
             report = self.status.recv()
         except EOFError:
-            self._process.join()
-            code = self._process.exitcode
+            self.process.join()
+            code = self.process.exitcode
             how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
             raise ServerError(f"a worker exited during startup ({how})") from None
         if isinstance(report, Exception):
@@ -183,18 +178,9 @@ class _Worker:
 
     def wait_until_ended(self) -> None:
         """Return when the process has ended and its callers know. From any thread."""
-        connection.wait([self._process.sentinel])
+        connection.wait([self.process.sentinel])
         for channel in self.channels:
             channel.break_off()
-
-    def kill(self) -> None:
-        """End the process, whatever it is doing."""
-        self._process.kill()
-
-    def join(self, timeout_s: float) -> bool:
-        """Wait for the end of the process, and return whether it has ended."""
-        self._process.join(timeout_s)
-        return not self._process.is_alive()
 
 
 class Runner:
