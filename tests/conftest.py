@@ -125,12 +125,7 @@ class Server(LaunchedServer):
 
     def family(self) -> list[psutil.Process]:
         """Return the processes of the server, which all inherit its home."""
-        processes = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("PYTRITON_HOME") == str(self.home):
-                    processes.append(process)
-        return processes
+        return processes_of(self.home)
 
     def workers(self) -> list[psutil.Process]:
         """Return the worker processes. They are forked, so they have the server's command line."""
@@ -141,6 +136,16 @@ class Server(LaunchedServer):
         """Return what a stopped server left: processes, shared memory, files in its workspace."""
         psutil.wait_procs(self.family(), timeout=2)  # Python's resource trackers end after what they track
         return [*map(str, self.family()), *map(str, self.segments()), *map(str, self.home.glob("workspace_*"))]
+
+
+def processes_of(home: str | Path) -> list[psutil.Process]:
+    """Return the processes that have this folder as PyTriton's home."""
+    processes = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("PYTRITON_HOME") == str(home):
+                processes.append(process)
+    return processes
 
 
 def get(port: int, path: str) -> str:
@@ -211,12 +216,12 @@ def with_tmpfs(path: str, size: str) -> list[str]:
     return prefix
 
 
-def run_script(
-    script: str, *arguments: object, cwd: Path, environment: dict | None = None
+def run_python(
+    *arguments: object, cwd: Path = ROOT, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess:
-    """Run one of the project's scripts to its end."""
+    """Run Python with these arguments to its end."""
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         cwd=cwd,
         env=os.environ | (environment or {}),
         capture_output=True,

@@ -2,11 +2,9 @@
 """How the server starts: what stops it, what it falls back to, and what a signal in between does."""
 
 import argparse
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections import namedtuple
@@ -17,12 +15,13 @@ import psutil
 import pytest
 from conftest import (
     PHOTO,
-    ROOT,
     TOY_SERVER,
     Server,
     decode,
     get,
     patched_toy,
+    processes_of,
+    run_python,
     running_together,
     start_toy,
     wait_for,
@@ -212,34 +211,17 @@ WAIT_AND_EXIT = "from client import *; Connection(sys.argv[-1], 'Toy').wait_for_
 )
 def test_a_server_is_launched_for_as_long_as_a_client_runs(arguments, status, said):
     with tempfile.TemporaryDirectory(prefix="pytriton-") as home:
-        done = launch(TOY_SERVER, *arguments, PYTRITON_HOME=home)
+        done = run_python("-m", "serving.launch", TOY_SERVER, *arguments, environment={"PYTRITON_HOME": home})
         assert done.returncode == status
         assert said in done.stderr
-
-        def is_gone() -> bool:
-            processes = psutil.process_iter(["environ"])
-            return all((process.info["environ"] or {}).get("PYTRITON_HOME") != home for process in processes)
-
-        wait_for(is_gone)
+        wait_for(lambda: not processes_of(home))
 
 
 def test_the_launcher_says_how_to_use_it():
-    done = launch(TOY_SERVER)
+    done = run_python("-m", "serving.launch", TOY_SERVER)
     assert (done.returncode, done.stderr) == (
         2,
         "usage: python -m serving.launch SERVER.py [OPTION ...] -- CLIENT.py [OPTION ...]\n",
-    )
-
-
-def launch(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "serving.launch", *arguments],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
     )
 
 

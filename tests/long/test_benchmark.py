@@ -2,17 +2,10 @@
 """The benchmark, as a user runs it."""
 
 import json
-import subprocess
-import sys
 
-from conftest import ROOT
+from conftest import run_python
 
 from benchmark.report import plot, tables
-
-
-def run_benchmark(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "benchmark", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
 
 
 def test_the_benchmark_measures_servers_over_both_protocols_and_draws_the_figures(tmp_path):
@@ -20,7 +13,7 @@ def test_the_benchmark_measures_servers_over_both_protocols_and_draws_the_figure
     rows = ["ceiling", "server/jpeg/http"]
     server = "server.py --weights demo --instances 1 --max-batch-size 1 --input-size 64"
     quickly = ["--device", "cpu", "--server", server, "--concurrency", 1, "--rounds", 1, "--seconds", 0.5]
-    done = run_benchmark("--rows", *rows, *quickly, "--output", output)
+    done = run_python("-m", "benchmark", "--rows", *rows, *quickly, "--output", output)
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     assert [row["name"] for row in report["rows"]] == rows
@@ -37,12 +30,14 @@ def test_the_benchmark_measures_servers_over_both_protocols_and_draws_the_figure
 
 
 def test_a_server_that_does_not_start_ends_the_benchmark_with_a_sentence():
-    done = run_benchmark("--rows", "server", "--concurrency", 1, "--device", "cpu", "--server", "server.py --nonsense")
+    done = run_python(
+        "-m", "benchmark", "--rows", "server", "--concurrency", 1, "--device", "cpu", "--server", "server.py --nonsense"
+    )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "benchmark: server: the server ended with status 2; its log says why"
 
 
 def test_an_unknown_row_is_answered_with_the_names_of_the_rows():
-    done = run_benchmark("--rows", "nonsense")
+    done = run_python("-m", "benchmark", "--rows", "nonsense")
     assert done.returncode == 2
     assert "invalid choice: 'nonsense'" in done.stderr

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import PROTOCOLS, ROOT, SAMPLES, Server, decode, encode, psnr, run_script, sample, wait_for
+from conftest import PROTOCOLS, ROOT, SAMPLES, Server, decode, encode, psnr, run_python, sample, wait_for
 from PIL import Image
 
 import client
@@ -63,7 +63,7 @@ def kept(done: Done) -> int:
 
 
 def test_without_arguments_it_reports_on_the_sample_photo(server, tmp_path):
-    done = run_script("client.py", "--url", server.http_url, cwd=tmp_path)
+    done = run_python(ROOT / "client.py", "--url", server.http_url, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "orig.jpg: 512 x 512 pixels, 4" in done.stdout
     assert "% kept" in done.stdout
