@@ -10,7 +10,7 @@ from conftest import psnr, sample
 from gpu import DEVICES
 from PIL import Image
 
-from encoders import Encode, ImageFile
+from encoders import DEFAULT_QUALITY, MAX_SIDE, Encode, ImageFile
 from serving.errors import InvalidRequest
 from serving.stages import Deferred
 
@@ -23,8 +23,8 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
-def encode(device: torch.device, *files: ImageFile | None) -> list[np.ndarray | None]:
-    cut_outs, masks = ([torch.from_numpy(array).to(device)] * len(files) for array in (CUT_OUT, MASK))
+def encode(device: torch.device, *files: ImageFile | None, cut_out=CUT_OUT, mask=MASK) -> list[np.ndarray | None]:
+    cut_outs, masks = ([torch.from_numpy(array).to(device)] * len(files) for array in (cut_out, mask))
     return [
         output.compute(output.source.cpu().numpy()) if isinstance(output, Deferred) else output
         for output in Encode(device)(cut_outs, masks, files)
@@ -88,12 +88,24 @@ def test_a_bad_parameter_is_refused_with_the_valid_range(parameters, expected):
     assert str(error.value) == expected
 
 
-def test_a_photo_that_is_too_large_for_a_format_is_refused():
-    ImageFile("png", 100).check_size((100_000, 1))
-    ImageFile("jpeg", 95).check_size((65_500, 1))
-    with pytest.raises(
-        InvalidRequest, match="a jpeg file can be at most 65500 pixels wide and high, but the photo is 1 x 65501"
-    ):
-        ImageFile("jpeg", 95).check_size((1, 65_501))
-    with pytest.raises(InvalidRequest, match="a webp file can be at most 16383 pixels wide and high"):
-        ImageFile("webp", 80).check_size((16_384, 1))
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", MAX_SIDE)
+def test_each_format_can_be_as_large_as_it_claims(device, name, transposed):
+    size = (MAX_SIDE[name], 2) if transposed else (2, MAX_SIDE[name])
+    file = ImageFile(name, DEFAULT_QUALITY[name])
+    file.check_size(size[::-1])
+    [encoded] = encode(device, file, cut_out=np.zeros((*size, 3), np.uint8), mask=np.zeros(size, np.uint8))
+    assert pixels(encoded).shape[:2] == size
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("jpeg", (1, 65_501), "65500 pixels wide and high, but the photo is 1 x 65501: set format to png, or scale"),
+        ("webp", (16_384, 1), "16383 pixels wide and high, but the photo is 16384 x 1: set format to png, or scale"),
+        ("png", (1_000_001, 1), "1000000 pixels wide and high, but the photo is 1000001 x 1: scale the photo down"),
+    ],
+)
+def test_a_photo_that_is_too_large_for_a_format_is_refused(name, size, expected):
+    with pytest.raises(InvalidRequest, match=f"^a {name} file can be at most {expected}"):
+        ImageFile(name, 95).check_size(size)
