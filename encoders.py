@@ -128,8 +128,14 @@ def _encode_png(pixels: np.ndarray) -> np.ndarray:
 
 
 def _encode_webp(quality: int, pixels: np.ndarray) -> np.ndarray:
-    """Return RGBA pixels, uint8 ``[H, W, 4]``, as a file, uint8 ``[N]``. From any thread."""
+    """Return RGBA pixels, uint8 ``[H, W, 4]``, as a file, uint8 ``[N]``. From any thread. Raises InvalidRequest."""
     stream = io.BytesIO()
-    # Speed first: the default method takes 2.4 times as long, for a file a quarter smaller (the same photos).
-    Image.fromarray(pixels).save(stream, "webp", quality=quality, method=0)
+    try:
+        # Speed first: the default method takes 2.4 times as long, for a file a quarter smaller (the same photos).
+        Image.fromarray(pixels).save(stream, "webp", quality=quality, method=0)
+    except ValueError as error:
+        # The format has only 512 KB for a part whose size depends on the details of the photo.
+        raise InvalidRequest(
+            f"webp cannot hold this photo ({error}): lower the quality, or set format to png"
+        ) from None
     return np.frombuffer(stream.getvalue(), np.uint8)

@@ -109,3 +109,13 @@ def test_each_format_can_be_as_large_as_it_claims(device, name, transposed):
 def test_a_photo_that_is_too_large_for_a_format_is_refused(name, size, expected):
     with pytest.raises(InvalidRequest, match=f"^a {name} file can be at most {expected}"):
         ImageFile(name, 95).check_size(size)
+
+
+def test_a_photo_with_too_much_detail_for_webp_is_refused(device):
+    noise = np.random.default_rng(0).integers(0, 256, (4000, 4000, 3), dtype=np.uint8)
+    opaque = np.full(noise.shape[:2], 255, np.uint8)
+    with pytest.raises(
+        InvalidRequest, match=r"^webp cannot hold this photo .*: lower the quality, or set format to png$"
+    ):
+        encode(device, ImageFile("webp", 100), cut_out=noise, mask=opaque)
+    encode(device, ImageFile("webp", 80), cut_out=noise, mask=opaque)
