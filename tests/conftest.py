@@ -28,6 +28,9 @@ from client import Connection, InferenceError  # noqa: E402 - the project is not
 from serving.launch import DIRECT, LaunchedServer  # noqa: E402
 from serving.memory import AnswerMemory  # noqa: E402
 
+# A shell makes what it starts with "&" ignore SIGINT. If that is pytest, what it starts would ignore Ctrl-C, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 MODEL_NAME = "ResNet101"
 TOY_SERVER = ROOT / "tests" / "toy_server.py"
 PROTOCOLS = ("http", "grpc")
