@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much CPU time a server has used, over all of its processes."""
+"""The processes of a server, and how much CPU time they have used."""
 
 import contextlib
 from collections import Counter
@@ -14,19 +14,19 @@ def cpu_seconds(pid: int) -> Counter[str]:
     its stubs, and the helpers of PyTriton and of Python's multiprocessing.
     """
     main = psutil.Process(pid)
-    command = main.cmdline()
     seconds: Counter[str] = Counter()
     for process in [main, *main.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
             times = process.cpu_times()
-            seconds[_kind(process, pid, command)] += times.user + times.system
+            seconds[kind(process, main)] += times.user + times.system
     return seconds
 
 
-def _kind(process: psutil.Process, main_pid: int, main_command: list[str]) -> str:
-    if process.pid == main_pid:
+def kind(process: psutil.Process, main: psutil.Process) -> str:
+    """Return what a process of a server is: ``main``, ``worker``, ``tritonserver``, ``stubs`` or ``helpers``."""
+    if process == main:
         return "main"
-    if process.cmdline() == main_command:  # workers are forked
+    if process.cmdline() == main.cmdline():  # workers are forked
         return "worker"
     name = process.name()
     return "tritonserver" if name == "tritonserver" else "stubs" if name.startswith("triton_python") else "helpers"

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from PIL import Image, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from client import Connection, InferenceError  # noqa: E402 - the project is not a package
+from benchmark.cpu import kind  # noqa: E402 - the project is not a package
+from client import Connection, InferenceError  # noqa: E402
 from serving.launch import DIRECT, LaunchedServer  # noqa: E402
 from serving.memory import AnswerMemory  # noqa: E402
 
@@ -118,9 +120,12 @@ class Server(LaunchedServer):
         lines = get(self.metrics_port, "/metrics").splitlines()
         return int(sum(float(line.split()[-1]) for line in lines if line.startswith(f"nv_inference_{name}{{")))
 
-    def memory(self) -> int:
-        """Return the bytes that its processes have, with those that they share counted once."""
-        return sum(process.memory_full_info().pss for process in self.family())
+    def memory(self) -> Counter[str]:
+        """Return the bytes that each kind of process has, with those that they share counted once."""
+        main, memory = psutil.Process(self.process.pid), Counter()
+        for process in self.family():
+            memory[kind(process, main)] += process.memory_full_info().pss
+        return memory
 
     def process_named(self, name: str) -> psutil.Process:
         """Return one of its processes whose name begins like this."""

@@ -110,7 +110,7 @@ class FrontDoor:
         return {process.pid for process in (*self.server.family(), *self.proxy.workers())}
 
     def _used(self) -> tuple[int, int]:
-        memory = self.server.memory() + self.proxy.memory()
+        memory = self.server.memory().total() + self.proxy.memory()
         return memory, shutil.disk_usage("/dev/shm").used
 
     def assert_unharmed(self) -> None:

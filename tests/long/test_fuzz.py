@@ -96,10 +96,10 @@ def test_each_damaged_photo_is_answered_rightly_or_refused_with_a_sentence(tmp_p
     with running_server(tmp_path / "log", "--weights", "demo") as server, ThreadPoolExecutor(CLIENTS) as pool:
         # At first heaps fill up, so memory is compared from the half on.
         for numbers in (range(COUNT // 2), range(COUNT // 2, COUNT)):
-            memory.append(server.memory())
+            memory.append(server.memory().total())
             shares = [numbers[client::CLIENTS] for client in range(CLIENTS)]
             outcomes += Counter(chain.from_iterable(pool.map(send, [server] * CLIENTS, shares)))
-        memory.append(server.memory())
+        memory.append(server.memory().total())
         for outcome, count in sorted(outcomes.items()):
             print(f"{count:6d} {outcome}")  # pytest -rP shows it
         print("the server's memory at the start, halfway and at the end, MB:", *(round(size / 1e6) for size in memory))

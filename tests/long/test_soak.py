@@ -131,7 +131,7 @@ def state(server: Server) -> dict[str, int]:
     wait_for(is_steady)
     gpu = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return {
-        "memory, MB": round(server.memory() / 1e6),
+        "memory, MB": round(server.memory().total() / 1e6),
         "shared memory, MB": round(sum(segment.stat().st_blocks * 512 for segment in server.segments()) / 1e6),
         "GPU memory, MB": int(subprocess.check_output(gpu).split()[0]) if torch.cuda.is_available() else 0,
         "file descriptors": counts[-1],
