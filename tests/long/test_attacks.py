@@ -496,10 +496,12 @@ def test_rapid_reset(front_door, request_of):
 
 
 def test_too_many_requests_in_flight_from_one_address(front_door):
-    head = request_head("POST", INFER, RAW, f"Content-Length: {MEGABYTE}")
+    head = request_head("POST", INFER, RAW, f"Content-Length: {MEGABYTE}", "Expect: 100-continue")
     with contextlib.ExitStack() as stack:
         waiting = many(stack, IN_FLIGHT, front_door.http_port, head)
-        wait_for(lambda: status(front_door.http_port, "GET", READY) == 429)
+        for connection in waiting:
+            assert connection.recv(100).startswith(b"HTTP/1.1 100 ")  # counted, and waiting for the body
+        assert status(front_door.http_port, "GET", READY) == 429
         assert max(front_door.client.next_answers(3)) < 5  # from another address
         for connection in waiting:
             connection.close()
