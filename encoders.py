@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encodes cut-outs as image files: JPEG with nvImageCodec on the device, PNG with it on the CPU, WebP with Pillow."""
+"""Encodes cut-outs as image files: JPEG on the device and PNG on the CPU with nvImageCodec, WebP with Pillow."""
 
 import functools
 import io
@@ -16,7 +16,7 @@ from serving.errors import InferenceFailed, InvalidRequest
 from serving.stages import Deferred
 
 DEFAULT_QUALITY = {"jpeg": 95, "png": 100, "webp": 80}  # PNG is lossless at any quality
-MAX_SIDE = {"jpeg": 65_500, "png": 1_000_000, "webp": 16_383}  # in pixels; what the libraries and the formats allow
+MAX_SIDE = {"jpeg": 65_500, "png": 1_000_000, "webp": 16_383}  # in pixels; limits of the libraries or the formats
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _encode_webp(quality: int, pixels: np.ndarray) -> np.ndarray:
         # Speed first: the default method takes 2.4 times as long, for a file a quarter smaller (the same photos).
         Image.fromarray(pixels).save(stream, "webp", quality=quality, method=0)
     except ValueError as error:
-        # The format has only 512 KB for a part whose size depends on the details of the photo.
+        # WebP limits one part of a file, which grows with the detail in the photo, to 512 KB.
         raise InvalidRequest(
             f"webp cannot hold this photo ({error}): lower the quality, or set format to png"
         ) from None
