@@ -66,3 +66,5 @@ def test_nothing_grows_and_nothing_restarts_while_photos_are_refused(tmp_path):
         # The requests alone have 190 MB.
         assert after.total() < before.total() + 2e6 * len(processes)
         assert {process.pid for process in server.family()} == processes
+        for protocol in PROTOCOLS:
+            assert server.connect(protocol).infer(PHOTO)["segmented"].any(axis=3).mean() > 0.3
