@@ -181,7 +181,7 @@ def main() -> None:
         with Workers(Segmentation, options, answer_bytes, lifecycle) as workers:
             triton.bind(
                 model_name=MODEL_NAME,
-                # A list: PyTriton calls each instance in a thread of its own. An instance hands the request to a worker
+                # A list: PyTriton calls each instance in its own thread. An instance hands the request to a worker
                 # process, which groups what is waiting into batches and calls Segmentation.
                 infer_func=workers.instances,
                 inputs=INPUTS,

@@ -31,7 +31,7 @@ def ready_made(size: tuple[int, int]) -> dict[str, np.ndarray]:
 
 
 class Instance:
-    """Answers with images of its own: if all instances shared them, they would stay in the processor's cache."""
+    """Answers with its own images: if all instances shared them, they would stay in the processor's cache."""
 
     def __init__(self):
         self._answers = {len(photo): ready_made(size) for photo, size in zip(photos(), SIZES, strict=True)}

@@ -15,7 +15,7 @@ LOGGER = logging.getLogger("server")
 
 
 class Instance:
-    """One instance of the model. PyTriton calls it in a thread of its own."""
+    """One instance of the model. PyTriton calls it in its own thread."""
 
     def __init__(self, channel: Channel, max_request_bytes: int, timeout_s: float, lifecycle: Lifecycle):
         """``channel`` belongs to this instance alone. A worker that is silent for ``timeout_s`` ends the server."""

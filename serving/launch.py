@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts a server as a process of its own on free ports: for tests, benchmarks and demonstrations.
+"""Starts a server in its own process, on free ports: for tests, benchmarks and demonstrations.
 
     python -m serving.launch server.py [option ...] -- client.py [option ...]
 

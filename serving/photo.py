@@ -63,7 +63,7 @@ def check_photo(encoded: np.ndarray, max_pixels: int) -> tuple[int, int]:
 
 
 def _check_other(data: bytes) -> tuple[int, int]:
-    """Return the width and height of a photo that is no JPEG. Raises InvalidRequest."""
+    """Return the width and height of a photo that is not a JPEG. Raises InvalidRequest."""
     if data.startswith(PNG_SIGNATURE):
         _check_png(data)
     try:

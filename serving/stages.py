@@ -25,7 +25,7 @@ class Deferred:
 class Stages(abc.ABC):
     """Turns requests into jobs, and batches of jobs into outputs. Each worker process has one object, in one thread.
 
-    On a GPU, it runs on a CUDA stream of its own, which is torch's current stream in the constructor and in all calls.
+    On a GPU, it runs on its own CUDA stream, which is torch's current stream in the constructor and in all calls.
     """
 
     @abc.abstractmethod

@@ -184,7 +184,7 @@ class _Worker:
 
 
 class Runner:
-    """The stages, on a CUDA stream of their own."""
+    """The stages, on their own CUDA stream."""
 
     def __init__(self, stages: type[Stages], options: argparse.Namespace, device: str):
         self.device = device

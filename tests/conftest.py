@@ -127,18 +127,18 @@ class Server(LaunchedServer):
             memory[kind(process, main)] += process.memory_full_info().pss
         return memory
 
-    def process_named(self, name: str) -> psutil.Process:
-        """Return one of its processes whose name begins like this."""
-        return next(process for process in self.family() if process.name().startswith(name))
+    def shared_memory(self) -> int:
+        """Return the bytes that its segments of shared memory have, also those that no process has any more."""
+        return sum(segment.stat().st_blocks * 512 for segment in self.segments())
 
     def family(self) -> list[psutil.Process]:
         """Return the processes of the server, which all inherit its home."""
         return processes_of(self.home)
 
-    def workers(self) -> list[psutil.Process]:
-        """Return the worker processes. They are forked, so they have the server's command line."""
-        process = psutil.Process(self.process.pid)
-        return [child for child in process.children() if child.cmdline() == process.cmdline()]
+    def processes(self, wanted: str) -> list[psutil.Process]:
+        """Return its processes of one kind, as benchmark.cpu.kind names them."""
+        main = psutil.Process(self.process.pid)
+        return [process for process in self.family() if kind(process, main) == wanted]
 
     def left_behind(self) -> list[str]:
         """Return what a stopped server left: processes, shared memory, files in its workspace."""

@@ -249,9 +249,8 @@ def h2_exchange(connection: socket.socket, data: bytes) -> int | None:
 
 def access_token(server: Server) -> str:
     """Return the token for Triton's administration. Its command line shows it to every user of the machine."""
-    (argument,) = [word for word in server.process_named("tritonserver").cmdline() if ":triton-access-token=" in word][
-        :1
-    ]
+    (tritonserver,) = server.processes("tritonserver")
+    argument = next(word for word in tritonserver.cmdline() if ":triton-access-token=" in word)
     return argument.split("=")[1]
 
 

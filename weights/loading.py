@@ -55,7 +55,7 @@ def _load_pretrained(network: str) -> StateDict:
     LOGGER.info("weights: %s", weights)
     if not path.exists():
         LOGGER.info("downloading %.0f MB from %s to %s", weights.meta["_file_size"], weights.url, path)
-    # torch's download has no timeout of its own, and would wait forever if the network fell silent.
+    # torch's download has no timeout, and would wait forever if the network fell silent.
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
         state_dict = weights.get_state_dict(

@@ -98,7 +98,7 @@ class Broken:
 
     def suspend_worker(self) -> None:
         """Make the worker hang, as it does if the driver of its GPU hangs."""
-        self.server.workers()[0].suspend()
+        self.server.processes("worker")[0].suspend()
         self.broken_at = datetime.now()
 
     def assert_it_ends(self, status: int) -> str:
@@ -160,14 +160,14 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
             broken[what].use()
         for server in servers.values():
             server.segments()
-        broken["killed worker"].server.workers()[0].kill()
+        broken["killed worker"].server.processes("worker")[0].kill()
         exiting = broken["exiting worker"]
         exiting.clients = [pool.submit(infer_until_refused, exiting.server.connect("grpc"), exit=1)]
-        broken["killed helper"].server.process_named("triton_python").kill()
+        broken["killed helper"].server.processes("stubs")[0].kill()
         for what in ("killed Triton", "killed Triton, noticed late"):
-            broken[what].server.process_named("tritonserver").kill()
+            broken[what].server.processes("tritonserver")[0].kill()
         broken["killed Triton, lost signal"].server.process.terminate()
-        broken["killed Triton, lost signal"].server.process_named("tritonserver").kill()
+        broken["killed Triton, lost signal"].server.processes("tritonserver")[0].kill()
         yield broken
         # What a test that failed or did not run left would keep the clients busy.
         for server in servers.values():
@@ -224,7 +224,7 @@ def test_a_worker_that_hangs_ends_the_server_after_its_timeout(broken):
 
 def test_a_killed_server_takes_its_workers_along(broken):
     server = broken["killed server"].server
-    orphans = server.workers()
+    orphans = server.processes("worker")
     assert orphans
     server.process.kill()
     assert psutil.wait_procs(orphans, timeout=10)[1] == []

@@ -100,7 +100,7 @@ def hang_up(connection: socket.socket) -> None:
 
 def test_clients_that_give_up_or_do_not_read_do_not_disturb_others(servers):
     server = servers["strange clients"]
-    tritonserver = server.process_named("tritonserver")
+    (tritonserver,) = server.processes("tritonserver")
     http, grpc = (server.connect(protocol) for protocol in PROTOCOLS)
     http.infer(PHOTO)
     before = tritonserver.num_fds()

@@ -82,7 +82,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
             wait_for(lambda how=how: "stopping: " in servers[how].log.read_text())
             servers[how].process.send_signal(signal.SIGINT)
             servers[how].process.send_signal(signal.SIGTERM)
-        servers["killed Triton"].process_named("tritonserver").kill()
+        servers["killed Triton"].processes("tritonserver")[0].kill()
         yield stopped
         for server in servers.values():
             server.process.kill()

@@ -264,7 +264,7 @@ def test_a_request_behind_the_body_of_another_is_a_request_like_others(front_doo
 
 def test_an_empty_length_of_json_counts_as_none(front_door):
     headers = ("Inference-Header-Content-Length: ", f"Content-Length: {len(PHOTO)}")
-    assert status(front_door.http_port, "POST", INFER, *headers, body=PHOTO) == 500  # it is no JSON
+    assert status(front_door.http_port, "POST", INFER, *headers, body=PHOTO) == 500  # it is not JSON
 
 
 @pytest.mark.parametrize("value", ["-1", "0x10", "1e3", "4 4", "18446744073709551616", "99999", "16400"])

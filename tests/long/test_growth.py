@@ -50,13 +50,11 @@ def test_nothing_grows_and_nothing_restarts_while_photos_are_refused(tmp_path):
             most = Counter()
             for round_ in range(10):
                 refuse_all(round_)
-                # With segments of shared memory that no process has any more.
-                segments = sum(segment.stat().st_blocks * 512 for segment in server.segments())
-                most = max(most, server.memory() + Counter(segments=segments), key=Counter.total)
+                most = max(most, server.memory() + Counter(segments=server.shared_memory()), key=Counter.total)
             return most
 
         # Triton's processes keep the memory that they once used. So that this happens now, each instance is kept busy.
-        instances = sum(process.name().startswith("triton_python") for process in server.family())
+        instances = len(server.processes("stubs"))
         with ThreadPoolExecutor(instances) as pool:
             list(pool.map(refuse_all, range(instances)))
         before, processes = memory_while_photos_are_refused(), {process.pid for process in server.family()}

@@ -57,14 +57,14 @@ BAD = [
 
 
 def warm_up(url: str) -> None:
-    """Get the largest answers, in a process of its own, so that heaps fill up."""
+    """Get the largest answers, in its own process, so that heaps fill up."""
     connection = Connection(url)
     for outputs, parameters in WANTED * 20:
         connection.infer(GOOD[0], outputs, parameters)
 
 
 def send(http_port: int, url: str, expected: list[dict], seed: int, seconds: float) -> Counter:
-    """Send photos for some seconds, in a process of its own, and count what came of them."""
+    """Send photos for some seconds, in its own process, and count what came of them."""
     dice, end, outcomes = random.Random(seed), time.monotonic() + seconds, Counter()
     connection = Connection(url)
     while time.monotonic() < end:
@@ -132,7 +132,7 @@ def state(server: Server) -> dict[str, int]:
     gpu = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return {
         "memory, MB": round(server.memory().total() / 1e6),
-        "shared memory, MB": round(sum(segment.stat().st_blocks * 512 for segment in server.segments()) / 1e6),
+        "shared memory, MB": round(server.shared_memory() / 1e6),
         "GPU memory, MB": int(subprocess.check_output(gpu).split()[0]) if torch.cuda.is_available() else 0,
         "file descriptors": counts[-1],
         "threads": sum(process.num_threads() for process in family),

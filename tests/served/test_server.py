@@ -54,9 +54,9 @@ def assert_both_workers_answer(server: Server) -> None:
     connection = server.connect("grpc")
 
     def busy() -> list[float]:
-        return [process.cpu_times().user for process in server.workers()]
+        return [process.cpu_times().user for process in server.processes("worker")]
 
-    assert len(server.workers()) == 2
+    assert len(server.processes("worker")) == 2
     before = busy()
     with ThreadPoolExecutor(4) as pool:
 

@@ -27,7 +27,7 @@ PHOTO = {"image": as_array(b"photo")}
 
 
 class Forked:
-    """A batcher in a process of its own, as the server has it."""
+    """A batcher in its own process, as the server has it."""
 
     def __init__(self, runner, channel_count: int, max_batch_size: int, explain=lambda error: error):
         self.channels = open_channels(channel_count, 1000, 1000)
