@@ -7,7 +7,6 @@ SOAK in the environment sets the seconds. The default of 120 shows little of gro
 import os
 import random
 import socket
-import subprocess
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -129,11 +128,12 @@ def state(server: Server) -> dict[str, int]:
         return counts[-1] == counts[-2]
 
     wait_for(is_steady)
-    gpu = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    # Of the GPU that the server uses. nvidia-smi would count those that CUDA_VISIBLE_DEVICES hides, too.
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
     return {
         "memory, MB": round(server.memory().total() / 1e6),
         "shared memory, MB": round(server.shared_memory() / 1e6),
-        "GPU memory, MB": int(subprocess.check_output(gpu).split()[0]) if torch.cuda.is_available() else 0,
+        "GPU memory, MB": round((total - free) / 1e6),
         "file descriptors": counts[-1],
         "threads": sum(process.num_threads() for process in family),
         "processes": len(family),
