@@ -58,8 +58,9 @@ BAD = [
 def warm_up(url: str) -> None:
     """Get the largest answers, in its own process, so that heaps fill up."""
     connection = Connection(url)
-    for outputs, parameters in WANTED * 20:
-        connection.infer(GOOD[0], outputs, parameters)
+    for outputs, parameters in WANTED:
+        for _ in range(20):  # all clients want the same at the same time, which takes the most memory
+            connection.infer(GOOD[0], outputs, parameters)
 
 
 def send(http_port: int, url: str, expected: list[dict], seed: int, seconds: float) -> Counter:
@@ -117,7 +118,7 @@ def is_similar(answer: np.ndarray, expected: np.ndarray) -> bool:
     return answer.shape == expected.shape and (answer != expected).reshape(*answer.shape[:2], -1).any(2).mean() < 0.003
 
 
-def state(server: Server) -> dict[str, int]:
+def state(server: Server) -> dict[str, object]:
     """Return how much of everything the server has, once its clients' connections are gone."""
     family = server.family()
     counts = [-1]
@@ -130,8 +131,10 @@ def state(server: Server) -> dict[str, int]:
     wait_for(is_steady)
     # Of the GPU that the server uses. nvidia-smi would count those that CUDA_VISIBLE_DEVICES hides, too.
     free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+    memory = server.memory()
     return {
-        "memory, MB": round(server.memory().total() / 1e6),
+        "memory, MB": round(memory.total() / 1e6),
+        "of which": {name: round(size / 1e6) for name, size in memory.items()},
         "shared memory, MB": round(server.shared_memory() / 1e6),
         "GPU memory, MB": round((total - free) / 1e6),
         "file descriptors": counts[-1],
