@@ -18,6 +18,10 @@ from serving.stages import Deferred
 DEFAULT_QUALITY = {"jpeg": 95, "png": 100, "webp": 80}  # PNG is lossless at any quality
 MAX_SIDE = {"jpeg": 65_500, "png": 1_000_000, "webp": 16_383}  # in pixels; limits of the libraries or the formats
 
+# What Pillow raises if a photo has too much detail: WebP limits the size of one part of a file to 512 KB, and of the
+# others to 16 MB. The numbers are libwebp's.
+WEBP_LIMITS = ("encoding error 6", "encoding error 7")
+
 
 @dataclass(frozen=True)
 class ImageFile:
@@ -29,7 +33,7 @@ class ImageFile:
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise InvalidRequest if the photo, width and height, is too large for the format."""
         if max(size) > MAX_SIDE[self.format]:
-            advice = "set format to png, or scale the photo down" if self.format != "png" else "scale the photo down"
+            advice = "set format to png, or " * (max(size) <= MAX_SIDE["png"]) + "scale the photo down"
             raise InvalidRequest(
                 f"a {self.format} file can be at most {MAX_SIDE[self.format]} pixels wide and high, but the photo is "
                 f"{size[0]} x {size[1]}: {advice}"
@@ -134,8 +138,7 @@ def _encode_webp(quality: int, pixels: np.ndarray) -> np.ndarray:
         # Speed first: the default method takes 2.4 times as long, for a file a quarter smaller (the same photos).
         Image.fromarray(pixels).save(stream, "webp", quality=quality, method=0)
     except ValueError as error:
-        # WebP limits one part of a file, which grows with the detail in the photo, to 512 KB.
-        raise InvalidRequest(
-            f"webp cannot hold this photo ({error}): lower the quality, or set format to png"
-        ) from None
+        if str(error) not in WEBP_LIMITS:
+            raise
+        raise InvalidRequest("webp cannot hold so much detail: lower the quality, or set format to png") from None
     return np.frombuffer(stream.getvalue(), np.uint8)

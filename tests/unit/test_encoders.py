@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import psnr, sample
+from conftest import psnr, run_python, sample
 from gpu import DEVICES
 from PIL import Image
 
@@ -104,6 +104,7 @@ def test_each_format_can_be_as_large_as_it_claims(device, name, transposed):
         ("jpeg", (1, 65_501), "65500 pixels wide and high, but the photo is 1 x 65501: set format to png, or scale"),
         ("webp", (16_384, 1), "16383 pixels wide and high, but the photo is 16384 x 1: set format to png, or scale"),
         ("png", (1_000_001, 1), "1000000 pixels wide and high, but the photo is 1000001 x 1: scale the photo down"),
+        ("jpeg", (1_000_001, 1), "65500 pixels wide and high, but the photo is 1000001 x 1: scale the photo down"),
     ],
 )
 def test_a_photo_that_is_too_large_for_a_format_is_refused(name, size, expected):
@@ -112,10 +113,23 @@ def test_a_photo_that_is_too_large_for_a_format_is_refused(name, size, expected)
 
 
 def test_a_photo_with_too_much_detail_for_webp_is_refused(device):
-    noise = np.random.default_rng(0).integers(0, 256, (4000, 4000, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (5000, 5000, 3), dtype=np.uint8)
     opaque = np.full(noise.shape[:2], 255, np.uint8)
-    with pytest.raises(
-        InvalidRequest, match=r"^webp cannot hold this photo .*: lower the quality, or set format to png$"
-    ):
-        encode(device, ImageFile("webp", 100), cut_out=noise, mask=opaque)
-    encode(device, ImageFile("webp", 80), cut_out=noise, mask=opaque)
+    with pytest.raises(InvalidRequest, match=r"^webp cannot hold so much detail: lower the quality, or "):
+        encode(device, ImageFile("webp", 90), cut_out=noise, mask=opaque)
+    encode(device, ImageFile("webp", 85), cut_out=noise, mask=opaque)
+
+
+ENCODE_WITHOUT_MEMORY = """
+import resource, numpy, psutil
+from encoders import _encode_webp
+noise = numpy.random.default_rng(0).integers(0, 256, (4000, 4000, 4), dtype=numpy.uint8)
+limit = psutil.Process().memory_info().vms + 100_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+_encode_webp(80, noise)
+"""
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_photo():
+    done = run_python("-c", ENCODE_WITHOUT_MEMORY)
+    assert done.stderr.splitlines()[-1] in ("ValueError: encoding error 1", "MemoryError")
