@@ -53,13 +53,15 @@ class Connection:
 
     def __init__(self, url: str, model_name: str = MODEL_NAME, verbose: bool = False):
         """``url`` is http://host:port, grpc://host:port or host; the port may be omitted. Raises ClientError."""
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in DEFAULT_PORTS or not parts.hostname or parts.path.strip("/"):
-            raise ClientError(f"--url must be http://host:port, grpc://host:port or host, not {url}")
         try:
-            port = parts.port or DEFAULT_PORTS[parts.scheme]
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            port = parts.port
         except ValueError as error:
             raise ClientError(f"--url {url}: {error}") from None
+        if parts.scheme not in DEFAULT_PORTS or not parts.hostname or parts.path.strip("/"):
+            raise ClientError(f"--url must be http://host:port, grpc://host:port or host, not {url}")
+        if port is None:
+            port = DEFAULT_PORTS[parts.scheme]
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         self._address = f"{host}:{port}"
         self.url = f"{parts.scheme}://{self._address}"

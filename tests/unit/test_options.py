@@ -92,6 +92,7 @@ def test_a_mistake_in_the_clients_options_is_one_line(arguments, expected, capsy
         (["--url", "ftp://127.0.0.1:8000"], "--url must be http://host:port, grpc://host:port or host, not ftp"),
         (["--url", "http://127.0.0.1:999999"], "--url http://127.0.0.1:999999: Port out of range"),
         (["--url", "http://"], "--url must be"),
+        (["--url", "http://[::1"], "--url http://[::1: Invalid IPv6 URL"),
     ],
 )
 def test_what_the_client_cannot_send_is_one_line(arguments, expected):
