@@ -198,8 +198,8 @@ def _is_loopback(address: str) -> bool:
 
 def _check_home(model_name: object) -> None:
     # Otherwise one of the processes that PyTriton starts would fail, with a traceback.
-    # This is the longest of its paths with up to 100 instances.
-    socket_path = PYTRITON_HOME / "workspace_12345678" / f"{model_name}_0_99-server.sock"
+    # This is the longest of its paths with up to 1,000 instances.
+    socket_path = PYTRITON_HOME / "workspace_12345678" / f"{model_name}_0_999-server.sock"
     if len(os.fsencode(socket_path)) > SOCKET_PATH_BYTES:
         raise UsageError(
             f"the path of PyTriton's folder, {PYTRITON_HOME}, is too long for the sockets in it: set PYTRITON_HOME to "
