@@ -78,6 +78,7 @@ class Server(LaunchedServer):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if "multiprocessing" not in " ".join(process.cmdline()):
                     process.kill()
+        self.process.kill()  # in case a test has set another home
         self.process.wait()
         with contextlib.suppress(AssertionError):
             wait_for(lambda: not self.family(), timeout_s=1)

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from client import Connection, InferenceError
 
 SECONDS = float(os.environ.get("SOAK", "120"))
 ROUNDS = 6
+SPAWN = get_context("spawn")
 CLIENTS = 16 if torch.cuda.is_available() else 3
 # On a CPU with a small input for the network: it takes nearly all of the time, and nothing in it grows.
 OPTIONS = () if torch.cuda.is_available() else ("--input-size", 64)
@@ -59,8 +61,14 @@ def warm_up(url: str) -> None:
     """Get the largest answers, in its own process, so that heaps fill up."""
     connection = Connection(url)
     for outputs, parameters in WANTED:
-        for _ in range(20):  # all clients want the same at the same time, which takes the most memory
+        together.wait(60)  # if all clients want the same at the same time, it takes the most memory
+        for _ in range(20):
             connection.infer(GOOD[0], outputs, parameters)
+
+
+def set_together(barrier: Barrier) -> None:
+    global together  # multiprocessing can pass it to a new process, but not to one that runs already
+    together = barrier
 
 
 def send(http_port: int, url: str, expected: list[dict], seed: int, seconds: float) -> Counter:
@@ -148,7 +156,7 @@ def test_under_load_every_good_photo_is_answered_rightly_and_nothing_grows(tmp_p
     outcomes, states, failed = Counter(), [], []
     with (
         running_server(tmp_path / "log", "--weights", "demo", "--max-queue", 100, *OPTIONS) as server,
-        ProcessPoolExecutor(CLIENTS, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(CLIENTS, SPAWN, set_together, (SPAWN.Barrier(CLIENTS),)) as pool,
     ):
         connection = server.connect("grpc")
         outputs = ("original", "segmented", "mask")

@@ -5,6 +5,7 @@ import argparse
 
 import numpy as np
 import pytest
+import torch
 from conftest import SAMPLES, answer_memory, as_array, encode, iou, sample
 from gpu import DEVICES
 from PIL import Image
@@ -76,9 +77,15 @@ def test_only_what_a_job_asks_for_is_computed(runner, monkeypatch):
 def test_a_result_that_is_not_finite_is_an_error(runner, monkeypatch):
     healthy = runner.stages.network
     both, original = job(runner, "person"), job(runner, "person", outputs=("original",))
-    monkeypatch.setattr(runner.stages, "network", lambda images: healthy(images) * float("nan"))
+
+    def broken(images: torch.Tensor) -> torch.Tensor:
+        probabilities = healthy(images).clone()
+        probabilities[-1, :, -1, -1] = float("nan")  # one pixel of the last photo
+        return probabilities
+
+    monkeypatch.setattr(runner.stages, "network", broken)
     with pytest.raises(InferenceFailed, match="not finite: start the server with --precision fp32"):
-        runner([both])
+        runner([both, both])
     assert set(runner([original])[0]) == {"original"}
     monkeypatch.undo()
     assert mask(runner([both])[0]).mean() > 0.3
