@@ -17,6 +17,7 @@ COPY requirements.txt ./
 RUN pip install --no-cache-dir --require-hashes -r requirements.txt
 
 COPY *.py ./
+COPY photo photo
 COPY serving serving
 COPY weights weights
 COPY images images

@@ -24,8 +24,10 @@ from urllib.parse import urlsplit
 import numpy as np
 import tritonclient.grpc
 import tritonclient.http
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
+
+from photo import read_photo
 
 MODEL_NAME = "ResNet101"
 SAMPLE_PHOTO = Path(__file__).parent / "images" / "orig.jpg"
@@ -205,8 +207,11 @@ def describe(answer: Mapping[str, np.ndarray]) -> str:
 
 
 def upright(encoded: bytes) -> Image.Image:
-    """Return the photo in a file, with its EXIF orientation applied."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    """Return the photo in a file as the server reads it, with its EXIF orientation applied."""
+    photo = read_photo(np.frombuffer(encoded, np.uint8), max_pixels=sys.maxsize)
+    image = Image.open(io.BytesIO(photo.encoded))
+    image.getexif()[ExifTags.Base.Orientation] = photo.orientation
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # which Pillow would clip instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")

@@ -30,13 +30,13 @@ class ImageFile:
     format: str  # a key of DEFAULT_QUALITY
     quality: int  # 1 to 100
 
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raise InvalidRequest if the photo, width and height, is too large for the format."""
-        if max(size) > MAX_SIDE[self.format]:
-            advice = "set format to png, or " * (max(size) <= MAX_SIDE["png"]) + "scale the photo down"
+    def check_size(self, width: int, height: int) -> None:
+        """Raise InvalidRequest if the photo is too large for the format."""
+        if max(width, height) > MAX_SIDE[self.format]:
+            advice = "set format to png, or " * (max(width, height) <= MAX_SIDE["png"]) + "scale the photo down"
             raise InvalidRequest(
                 f"a {self.format} file can be at most {MAX_SIDE[self.format]} pixels wide and high, but the photo is "
-                f"{size[0]} x {size[1]}: {advice}"
+                f"{width} x {height}: {advice}"
             )
 
 

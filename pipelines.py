@@ -13,6 +13,7 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
+from photo import Photo
 from serving.errors import InvalidRequest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0 to 1, with which torchvision's weights were trained
@@ -33,21 +34,26 @@ class Preprocess:
         """``input_size`` is the width and height of the network's input in pixels."""
         self._device = device
         self._pipeline = _preprocess_pipeline(
-            decoder="cpu" if device.type == "cpu" else "mixed",
+            on_gpu=device.type == "cuda",
             input_size=input_size,
             **_pipeline_options(device, max_batch_size),
         )
         self._pipeline.build()
 
-    def __call__(self, encoded: Sequence[np.ndarray]) -> tuple[TensorList, torch.Tensor]:
+    def __call__(self, photos: Sequence[Photo]) -> tuple[TensorList, torch.Tensor]:
         """Return the decoded photos and the network's input.
 
-        ``encoded`` has a uint8 array ``[N]`` for each photo, a JPEG, PNG, BMP or WebP file. Returns the photos,
-        upright, uint8 ``[H, W, 3]`` each, and a float32 tensor ``[N, 3, S, S]``, both on the device, in the order of
-        torch's current stream. Raises InvalidRequest if one of the photos cannot be decoded.
+        Returns the photos, RGB, upright, uint8 ``[H, W, 3]`` each, and a float32 tensor ``[N, 3, S, S]``, both on the
+        device, in the order of torch's current stream. Raises InvalidRequest if one of the photos cannot be decoded.
         """
         try:
-            photos, images = self._pipeline.run(_current_stream(self._device), encoded=list(encoded))
+            inputs = {
+                "encoded": [photo.encoded for photo in photos],
+                "orientation": [np.int32(photo.orientation) for photo in photos],
+            }
+            if self._device.type == "cuda":
+                inputs["suits_nvjpeg"] = [np.bool_(photo.suits_nvjpeg) for photo in photos]
+            decoded, images = self._pipeline.run(_current_stream(self._device), **inputs)
         except RuntimeError as error:
             # DALI raises RuntimeError for everything. The pipeline stays usable after an error of the decoder.
             if not DECODING_ERROR.search(str(error)):
@@ -55,7 +61,7 @@ class Preprocess:
             raise InvalidRequest(
                 "the photo cannot be decoded: it is damaged, or uses a variant that DALI does not support"
             ) from None
-        return photos, torch.from_dlpack(images.as_tensor())
+        return decoded, torch.from_dlpack(images.as_tensor())
 
 
 class Postprocess:
@@ -95,23 +101,37 @@ class Postprocess:
         return outputs
 
 
-@pipeline_def
-def _preprocess_pipeline(decoder: str, input_size: int):
+@pipeline_def(enable_conditionals=True)
+def _preprocess_pipeline(on_gpu: bool, input_size: int):
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    photo = fn.decoders.image(
-        encoded,
-        device=decoder,
-        output_type=types.RGB,
-        # Without it, the colors of a 4:2:0 JPEG differ visibly from what every viewer shows.
-        jpeg_fancy_upsampling=True,
-        # By default a batch is split between the GPU's JPEG hardware and its cores, which round differently, so that
-        # pixels would depend on the batch. See DEVICE_DEFAULTS in serving/options.py, too.
-        hw_decoder_load=1.0,
-        # nvJPEG pads each of its buffers, several per thread. With DALI's defaults, 8 MB on the host and 16 MB on the
-        # GPU, a worker grows by hundreds of megabytes as its threads meet more kinds of JPEG.
-        host_memory_padding=1 << 20,
-        device_memory_padding=1 << 20,
-    )
+    orientation = fn.external_source(name="orientation", dtype=types.INT32, ndim=0)
+    if not on_gpu:
+        photo = _decode(encoded, device="cpu")
+    elif fn.external_source(name="suits_nvjpeg", dtype=types.BOOL, ndim=0):
+        photo = _decode(
+            encoded,
+            device="mixed",
+            # If the data of a JPEG is damaged, the GPU's JPEG hardware leaves a part of the photo as it was in memory,
+            # with pixels of an earlier photo. nvJPEG's other decoders notice the damage.
+            hw_decoder_load=0.0,
+            # nvJPEG pads each of its buffers, several per thread. With DALI's defaults, 8 MB on the host and 16 MB on
+            # the GPU, a worker grows by hundreds of megabytes as its threads meet more kinds of JPEG.
+            host_memory_padding=1 << 20,
+            device_memory_padding=1 << 20,
+        )
+    else:
+        # Also PNG: with device="mixed", those of 2 and 4 bits have wrong colors.
+        photo = _decode(encoded, device="cpu").gpu()
+    if orientation >= 5:
+        photo = fn.transpose(photo, perm=[1, 0, 2], transpose_layout=False, output_layout="HWC")
+    if orientation >= 2:
+        mirrored = (orientation == 2) | (orientation == 3) | (orientation == 6) | (orientation == 7)
+        upside_down = (orientation == 3) | (orientation == 4) | (orientation == 7) | (orientation == 8)
+        photo = fn.flip(
+            photo,
+            horizontal=fn.cast(mirrored, dtype=types.INT32),
+            vertical=fn.cast(upside_down, dtype=types.INT32),
+        )
     small = fn.resize(photo, size=[input_size, input_size], interp_type=types.INTERP_LINEAR, dtype=types.FLOAT)
     image = fn.crop_mirror_normalize(
         small,
@@ -132,6 +152,17 @@ def _postprocess_pipeline(device: str):
     probability = fn.resize(probability, size=size, interp_type=types.INTERP_LINEAR, antialias=False)
     mask = (probability > threshold) * types.Constant(255, dtype=types.UINT8)
     return photo & mask, fn.squeeze(mask, axes=2)
+
+
+def _decode(encoded, device: str, **options):
+    return fn.decoders.image(
+        encoded,
+        device=device,
+        output_type=types.RGB,
+        jpeg_fancy_upsampling=True,  # as every viewer does it; otherwise, the colors of 4:2:0 JPEGs differ visibly
+        adjust_orientation=False,  # photo/ has read it
+        **options,
+    )
 
 
 def _pipeline_options(device: torch.device, max_batch_size: int) -> dict:

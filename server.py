@@ -17,10 +17,10 @@ import numpy as np
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.proxy.types import Request
 
+from photo import InvalidPhoto, Photo, blank_photo, max_photo_bytes, read_photo
 from serving.errors import InferenceFailed, InvalidRequest, UsageError
 from serving.lifecycle import Lifecycle
 from serving.options import add_serving_options, configure_logging, make_parser, number
-from serving.photo import blank_photo, check_photo
 from serving.stages import Stages
 from serving.triton import Triton
 from serving.worker import Workers
@@ -57,7 +57,7 @@ def answer_bytes(pixels: int) -> int:
 class Job:
     """What a request asks for."""
 
-    encoded: np.ndarray  # uint8 [N]
+    photo: Photo
     classes: Sequence[int]
     threshold: float
     outputs: Sequence[str]
@@ -93,8 +93,11 @@ class Segmentation(Stages):
 
     def read(self, request: Request) -> Job:
         """Check a request before it joins a batch. Raises InvalidRequest, whose message goes to the client."""
-        photo, parameters, outputs = request["image"], request.parameters, request.requested_output_names
-        size = check_photo(photo, self.options.max_pixels)
+        parameters, outputs = request.parameters, request.requested_output_names
+        try:
+            photo = read_photo(request["image"], self.options.max_pixels)
+        except InvalidPhoto as error:
+            raise InvalidRequest(str(error)) from None
         if unknown := parameters.keys() - PARAMETERS:
             raise InvalidRequest(f"unknown parameter {shorten(min(unknown))}, not one of {', '.join(PARAMETERS)}")
         try:
@@ -109,20 +112,21 @@ class Segmentation(Stages):
         if len(outputs) == len(OUTPUTS) and not parameters.keys() & {"format", "quality"}:
             outputs = DEFAULT_OUTPUTS
         if "encoded" in outputs:
-            file.check_size(size)
+            file.check_size(photo.width, photo.height)
         return Job(photo, classes, threshold, outputs, file)
 
-    def __call__(self, jobs: Sequence[Job]) -> list[dict]:
-        """Return the outputs of each job, on the device, as arrays without a batch dimension.
+    def weigh(self, job: Job) -> float:
+        """Return the share of the pixels that a photo can have."""
+        return job.photo.width * job.photo.height / self.options.max_pixels
 
-        Raises InvalidRequest if one of the photos cannot be decoded.
-        """
+    def __call__(self, jobs: Sequence[Job]) -> list[dict]:
+        """Return the outputs of each job, on the device, without a batch dimension. Raises InvalidRequest."""
         from torch.cuda import nvtx
 
         from model_inference import add_classes
 
         with nvtx.range("preprocess"):
-            photos, images = self.preprocess([job.encoded for job in jobs])
+            photos, images = self.preprocess([job.photo for job in jobs])
         outputs = {"original": photos}
         self.total = 0.0
         if any(set(job.outputs) - {"original"} for job in jobs):
@@ -154,12 +158,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "state dict, or auto: pretrained, or demo if those are not available",
     )
     add("--class-name", default="person", help="class to cut out if a request names none; several: cat,dog")
-    add(
-        "--threshold",
-        type=number(float, 0, 1),
-        default=0.6,
-        help="probability to exceed if a request sets none",
-    )
+    add("--threshold", type=number(float, 0, 1), default=0.6, help="probability to exceed if a request sets none")
     size = number(int, 32, 2048)
     add("--input-size", type=size, default=224, help="width and height of the network's input in pixels")
     add(
@@ -178,7 +177,7 @@ def main() -> None:
     configure_logging(options.verbose)
     with Lifecycle(options.drain_s) as lifecycle:
         triton = Triton(options, lifecycle)
-        with Workers(Segmentation, options, answer_bytes, lifecycle) as workers:
+        with Workers(Segmentation, options, max_photo_bytes, answer_bytes, lifecycle) as workers:
             triton.bind(
                 model_name=MODEL_NAME,
                 # A list: PyTriton calls each instance in its own thread. An instance hands the request to a worker

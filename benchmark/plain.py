@@ -12,6 +12,7 @@ from pytriton.model_config import ModelConfig
 
 import server
 from model_inference import build_module, pretrained_weights
+from photo import read_photo
 from pipelines import Postprocess, Preprocess
 from server import INPUTS, MODEL_NAME, NETWORK, OUTPUTS
 from serving.device import resolve_device
@@ -33,7 +34,7 @@ def main() -> None:
 
         @torch.inference_mode()
         def segment(requests):
-            photos, images = preprocess([requests[0]["image"][0]])
+            photos, images = preprocess([read_photo(requests[0]["image"][0], defaults.max_pixels)])
             probabilities = network(images)["out"].softmax(dim=1)
             cut_outs, _masks = postprocess(photos, probabilities[:, person], [defaults.threshold])
             outputs = {"original": photos, "segmented": cut_outs}

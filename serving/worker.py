@@ -32,7 +32,6 @@ from serving.instance import Instance
 from serving.lifecycle import Lifecycle
 from serving.memory import AnswerMemory, fit_shared_memory
 from serving.options import MOST_DEFAULT_INSTANCES, device_default
-from serving.photo import max_photo_bytes
 from serving.stages import Deferred, Stages
 
 MAX_WAIT_S = 60  # for an instance; after that, a request is refused unprocessed
@@ -61,16 +60,18 @@ class Workers:
         self,
         stages: type[Stages],
         options: argparse.Namespace,
+        request_bytes: Callable[[int], int],
         answer_bytes: Callable[[int], int],
         lifecycle: Lifecycle,
     ):
         """Nothing starts before the ``with`` block.
 
-        Each worker creates an object of ``stages``. ``answer_bytes`` returns the maximum size of an answer, in
-        bytes, for a photo with a number of pixels.
+        Each worker creates an object of ``stages``. ``request_bytes`` and ``answer_bytes`` return the maximum size of a
+        request and of an answer, in bytes, for a photo with a number of pixels.
         """
         self._stages = stages
         self._options = options
+        self._request_bytes = request_bytes
         self._answer_bytes = answer_bytes
         self._lifecycle = lifecycle
         self._workers: list[_Worker] = []
@@ -98,7 +99,7 @@ class Workers:
             try:
                 channels = open_channels(
                     options.instances or MOST_DEFAULT_INSTANCES,
-                    request_bytes=max_photo_bytes(options.max_pixels),
+                    request_bytes=self._request_bytes(options.max_pixels),
                     answer_bytes=self._answer_bytes(options.max_pixels),
                 )
             except (OSError, OverflowError) as error:
@@ -109,13 +110,16 @@ class Workers:
                 raise UsageError(f"--max-pixels {options.max_pixels}: not enough memory ({error})") from error
             # Between the fork and the append, a signal would leave an orphaned process.
             with self._lifecycle.signals_deferred():
-                self._workers.append(_Worker(self._stages, options, device, channels, shm_bytes, self._answer_bytes))
+                build = partial(
+                    _build, self._stages, options, device, channels, shm_bytes, self._request_bytes, self._answer_bytes
+                )
+                self._workers.append(_Worker(device, channels, build))
             # When PyTriton stops, it waits for its instances, and they wait for the worker.
             self._lifecycle.on_give_up(self._workers[-1].process.kill)
         reports = self._wait_until_ready(options.start_timeout_s)
         for worker, report in zip(self._workers, reports, strict=True):
             threading.Thread(target=self._fail_without, args=(worker,), daemon=True).start()
-            max_request_bytes = max_photo_bytes(report.max_pixels)
+            max_request_bytes = self._request_bytes(report.max_pixels)
             self.instances += [
                 Instance(channel, max_request_bytes, options.worker_timeout_s, self._lifecycle)
                 for channel in worker.channels[: report.instances]
@@ -153,12 +157,11 @@ class Workers:
 class _Worker:
     """A worker process, as seen from the process that started it."""
 
-    def __init__(self, stages, options, device, channels, shm_bytes, answer_bytes):
-        """Fork the process. This must happen while the server has only one thread."""
+    def __init__(self, device: str, channels: Sequence[Channel], build: Callable[[], tuple[Batcher, _Ready]]):
+        """Fork the process, which calls ``build``. This must happen while the server has only one thread."""
         self.channels = channels
         self.device = device
         self.status, worker_end = Pipe()
-        build = partial(_build, stages, options, device, channels, shm_bytes, answer_bytes)
         self.process = FORK.Process(target=_run, args=(os.getpid(), build, worker_end))
         self.process.start()
         worker_end.close()
@@ -238,6 +241,7 @@ def _build(
     device: str,
     channels: Sequence[Channel],
     shm_bytes: int,
+    request_bytes: Callable[[int], int],
     answer_bytes: Callable[[int], int],
 ) -> tuple[Batcher, _Ready]:
     """Build the stages on the device that ``--device`` names. Raises ServerError."""
@@ -251,7 +255,7 @@ def _build(
         device_default(options, "instances", device_type),
         options.max_pixels,
         shm_bytes,
-        message_bytes=lambda pixels: max_photo_bytes(pixels) + answer_bytes(pixels),
+        message_bytes=lambda pixels: request_bytes(pixels) + answer_bytes(pixels),
     )
     if warning:
         LOGGER.warning(warning)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmark.cpu import kind  # noqa: E402 - the project is not a package
 from client import Connection, InferenceError  # noqa: E402
+from photo import Photo, read_photo  # noqa: E402
 from serving.launch import DIRECT, LaunchedServer  # noqa: E402
 from serving.memory import AnswerMemory  # noqa: E402
 
@@ -342,3 +343,8 @@ def sample(class_name: str, size: tuple[int, int] | None = None) -> Image.Image:
 def as_array(encoded: bytes) -> np.ndarray:
     """Return bytes as uint8 ``[N]``."""
     return np.frombuffer(encoded, np.uint8)
+
+
+def as_photo(encoded: bytes) -> Photo:
+    """Return a file as the stages get it."""
+    return read_photo(as_array(encoded), max_pixels=25_000_000)

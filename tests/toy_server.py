@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server that inverts photos, without torch and DALI: it starts in two seconds, and shows that serving/ is general.
 
-Parameters of a request: ``add`` (to each inverted pixel), ``sleep_s``, ``hold`` (until a file exists), ``raise`` (a
-message) and ``exit``.
+Parameters of a request: ``add`` (to each inverted pixel), ``sleep_s``, ``hold`` (until a file exists), ``print`` (as a
+native library does), ``raise`` (a message) and ``exit``.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from serving.errors import UsageError
+from photo import InvalidPhoto, max_photo_bytes, read_photo
+from serving.errors import InvalidRequest, UsageError
 from serving.lifecycle import Lifecycle
 from serving.options import add_serving_options, configure_logging, make_parser
-from serving.photo import check_photo
 from serving.stages import Stages
 from serving.triton import Triton
 from serving.worker import Workers
@@ -48,8 +48,11 @@ class Inversion(Stages):
             LOGGER.warning("FALLBACK: of this worker")
 
     def read(self, request):
-        check_photo(request["image"], self.options.max_pixels)
-        image = Image.open(io.BytesIO(request["image"].tobytes())).convert("RGB")
+        try:
+            photo = read_photo(request["image"], self.options.max_pixels)
+        except InvalidPhoto as error:
+            raise InvalidRequest(str(error)) from None
+        image = Image.open(io.BytesIO(photo.encoded)).convert("RGB")
         return np.asarray(image), request.parameters, request.requested_output_names
 
     def __call__(self, jobs):
@@ -61,6 +64,8 @@ class Inversion(Stages):
                 LOGGER.info("holding until %s exists", path)
                 while not Path(path).exists():
                     time.sleep(0.01)
+            if "print" in parameters:
+                os.write(2, parameters["print"].encode())
             if "raise" in parameters:
                 raise ValueError(parameters["raise"])
             if "exit" in parameters:
@@ -82,7 +87,7 @@ def main():
     configure_logging(options.verbose)
     with Lifecycle(options.drain_s) as lifecycle:
         triton = Triton(options, lifecycle)
-        with Workers(Inversion, options, lambda pixels: 3 * pixels + 64, lifecycle) as workers:
+        with Workers(Inversion, options, max_photo_bytes, lambda pixels: 3 * pixels + 64, lifecycle) as workers:
             triton.bind(
                 model_name="Toy",
                 infer_func=workers.instances,

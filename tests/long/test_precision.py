@@ -5,7 +5,7 @@ import argparse
 
 import numpy as np
 import pytest
-from conftest import SAMPLES, answer_memory, as_array, iou
+from conftest import SAMPLES, answer_memory, as_photo, iou
 from gpu import DEVICES
 
 import server
@@ -21,7 +21,7 @@ def test_masks_in_fp16_agree_with_those_in_fp32(device):
         runner = Runner(Segmentation, argparse.Namespace(**vars(options) | {"precision": precision}), device)
         for class_name, (path, _) in SAMPLES.items():
             classes = runner.stages.network.class_indices(class_name)
-            job = Job(as_array(path.read_bytes()), classes, 0.6, ("original", "segmented"), ImageFile("jpeg", 95))
+            job = Job(as_photo(path.read_bytes()), classes, 0.6, ("original", "segmented"), ImageFile("jpeg", 95))
             ((answer),) = runner([(answer_memory(6 * 512 * 512, device), job)])
             answers[class_name, precision] = {name: array.copy() for name, array in answer.items()}
     for class_name in SAMPLES:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a client does wrong costs it one error that says so, and costs nobody else anything."""
 
+import random
 import struct
 import urllib.error
 import urllib.request
@@ -8,8 +9,8 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from conftest import MODEL_NAME, PHOTO, ROOT, decode, encode, psnr, sample, with_chunk, with_segments
+from hostile_photos import blocks_jpeg
 from PIL import Image
 
 from client import Connection, InferenceError
@@ -28,29 +29,28 @@ def with_size(jpeg: bytes, width: int, height: int) -> bytes:
 MPO = encode(PICTURE, "MPO", save_all=True, append_images=[PICTURE.resize((99, 99))])
 WITH_PREVIEW = with_segments(MPO, 0xE1, [b"Exif\0\0" + encode(PICTURE.resize((99, 99)), "JPEG")])
 
-# Little to send and much to unpack: a chunk of a PNG of 200 MB, and a scan of a JPEG again and again.
-PNG, PROGRESSIVE = encode(PICTURE, "PNG"), encode(PICTURE.resize((40, 40)), "JPEG", progressive=True)
+# Little to send and much to unpack: a chunk of a PNG of 200 MB, and a JPEG with a scan for each coefficient.
+PNG = encode(PICTURE, "PNG")
 ZEROS = zlib.compress(bytes(200_000_000), 1)
-LAST_SCAN = PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2]
+MANY_SCANS = blocks_jpeg((40, 40), [(1, 1)] * 3, random.Random(0), progressive=True, bands=63)
 
 SIZE = PHOTO[PHOTO.index(b"\xff\xc0") + 4 :][:15]  # the segment that has it, as a baseline JPEG has one
 FRAMES = {"save_all": True, "append_images": [PICTURE.resize((512, 512)).rotate(90)], "duration": 100}
 
 BAD_PHOTOS = {
-    "a PNG whose text unpacks to 200 MB": (with_chunk(PNG, b"zTXt", b"Comment\0\0" + ZEROS), "header is damaged"),
-    "a PNG whose profile unpacks to 200 MB": (with_chunk(PNG, b"iCCP", b"icc\0\0" + ZEROS), "header is damaged"),
-    "a JPEG of 1,010 scans": (PROGRESSIVE[:-2] + 1000 * LAST_SCAN + b"\xff\xd9", "more than 64 scans"),
-    "a JPEG of 1,010 scans and a comment with an end": (
-        PROGRESSIVE[:-2] + b"\xff\xfe\x00\x04\xff\xd9" + 1000 * LAST_SCAN + b"\xff\xd9",
+    "a JPEG of 191 scans": (MANY_SCANS, "more than 64 scans"),
+    "a JPEG of 191 scans and a comment with an end": (
+        with_segments(MANY_SCANS, 0xFE, [b"\xff\xd9"]),
         "more than 64 scans",
     ),
     "a JPEG with 30,000 comments": (with_segments(PHOTO, 0xFE, [b"comment"] * 30_000), "more than 20000 segments"),
     "a JPEG that ends before its pixels": (PHOTO[:2] + b"\xff\xd9" + PHOTO[2:], "header is damaged"),
     "a JPEG with two sizes": (with_segments(PHOTO, 0xC0, [SIZE]), "header is damaged"),
-    "a JPEG of no height": (with_size(PHOTO, 100, 0), "header is damaged"),
+    "a JPEG of no width": (with_size(PHOTO, 0, 100), "header is damaged"),
+    "a JPEG of no height": (with_size(PHOTO, 100, 0), "states its height after its pixels"),
     "a JPEG with a reserved marker": (with_segments(PHOTO, 0xF0, [b"123456"]), "header is damaged"),
     "a PNG with 30,000 chunks": (with_chunk(PNG, b"prVt", b"", 30_000), "more than 20000 segments"),
-    "a PNG with two headers": (with_chunk(PNG, b"IHDR", PNG[16:29]), "must have one header"),
+    "a PNG with two headers": (with_chunk(PNG, b"IHDR", PNG[16:29]), "not one IHDR chunk"),
     "random bytes": (np.random.default_rng(0).bytes(5000), "of an unknown type"),
     "a truncated JPEG": (PHOTO[:50_000], "truncated"),
     "a JPEG without its last byte": (PHOTO[:-1], "truncated"),
@@ -58,14 +58,14 @@ BAD_PHOTOS = {
     "a JPEG with a preview and a second picture, truncated": (WITH_PREVIEW[: len(WITH_PREVIEW) // 3], "truncated"),
     "a JPEG cut off in the header": (PHOTO[:300], "truncated"),
     "a JPEG whose header is damaged": (PHOTO[:20] + b"damaged" + PHOTO[27:], "damaged"),
-    "a truncated PNG": (PNG[:50_000], "cannot be decoded"),
-    "a truncated WebP": (encode(PICTURE, "WEBP")[:10_000], "damaged"),
-    "a truncated BMP": (encode(PICTURE, "BMP")[:50_000], "cannot be decoded"),
+    "a truncated PNG": (PNG[:50_000], "truncated"),
+    "a truncated WebP": (encode(PICTURE, "WEBP")[:10_000], "truncated"),
+    "a truncated BMP": (encode(PICTURE, "BMP")[:50_000], "truncated"),
     "a GIF": (encode(PICTURE.quantize(64), "GIF"), "of an unknown type"),
     "a TIFF": (encode(PICTURE, "TIFF"), "of an unknown type"),
     "a PDF": (b"%PDF-1.7\n" + b"1 0 obj << >> endobj\n" * 50, "of an unknown type"),
-    "an animated PNG": (encode(PICTURE, "PNG", **FRAMES), "an animation of 2 frames: send one of them"),
-    "an animated WebP": (encode(PICTURE, "WEBP", **FRAMES), "an animation of 2 frames: send one of them"),
+    "an animated PNG": (encode(PICTURE, "PNG", **FRAMES), "an animation: send one of its frames"),
+    "an animated WebP": (encode(PICTURE, "WEBP", **FRAMES), "an animation: send one of its frames"),
     "a header of 60,000 x 60,000": (with_size(PHOTO, 60_000, 60_000), "60000 x 60000 pixels"),
     "a PNG of 30,000 x 30,000": (encode(Image.new("1", (30_000, 30_000)), "PNG"), "30000 x 30000 pixels"),
 }
@@ -95,6 +95,9 @@ def test_a_bad_photo_is_refused_with_what_is_wrong(connection, kind):
 
 
 LARGE_BUT_GOOD = {
+    "a PNG whose text unpacks to 200 MB": with_chunk(PNG, b"zTXt", b"Comment\0\0" + ZEROS),
+    "a PNG whose profile unpacks to 200 MB": with_chunk(PNG, b"iCCP", b"icc\0\0" + ZEROS),
+    "a PNG with text of 1.5 MB": with_chunk(PNG, b"iTXt", b"parameters\0\0\0\0\0" + bytes(1_500_000)),
     "a JPEG with a profile of 13 MB": with_segments(
         PHOTO, 0xE2, (b"ICC_PROFILE\0" + bytes([number, 200]) + bytes(65_000) for number in range(1, 201))
     ),
@@ -108,17 +111,16 @@ LARGE_BUT_GOOD = {
 
 @pytest.mark.parametrize("kind", LARGE_BUT_GOOD)
 def test_photos_with_large_headers_and_long_photos_are_answered(http_connection, kind):
-    answer, expected = http_connection.infer(LARGE_BUT_GOOD[kind]), decode(LARGE_BUT_GOOD[kind])
+    expected = decode(PNG if "unpacks" in kind else LARGE_BUT_GOOD[kind])  # Pillow gives up on text of that size
+    answer = http_connection.infer(LARGE_BUT_GOOD[kind])
     assert psnr(answer["original"][0], expected) > 30
     assert answer["segmented"].shape == (1, *expected.shape)
 
 
 def test_a_jpeg_of_20_scans_is_answered(http_connection):
-    # The last scan again and again, which is not in the standard: the GPU's decoder makes something else of it.
-    encoded = PROGRESSIVE[:-2] + 10 * LAST_SCAN + b"\xff\xd9"
-    original, expected = http_connection.infer(encoded)["original"][0], decode(encoded)
-    assert original.shape == expected.shape
-    assert torch.cuda.is_available() or psnr(original, expected) > 30
+    encoded = blocks_jpeg((40, 40), [(1, 1)] * 3, random.Random(0), progressive=True, bands=6)
+    assert encoded.count(b"\xff\xda") == 20
+    assert psnr(http_connection.infer(encoded, ("original",))["original"][0], decode(encoded)) > 40
 
 
 def test_an_empty_body_is_refused_by_pytriton(connection):

@@ -93,7 +93,7 @@ def test_a_bad_parameter_is_refused_with_the_valid_range(parameters, expected):
 def test_each_format_can_be_as_large_as_it_claims(device, name, transposed):
     size = (MAX_SIDE[name], 2) if transposed else (2, MAX_SIDE[name])
     file = ImageFile(name, DEFAULT_QUALITY[name])
-    file.check_size(size[::-1])
+    file.check_size(*size[::-1])
     [encoded] = encode(device, file, cut_out=np.zeros((*size, 3), np.uint8), mask=np.zeros(size, np.uint8))
     assert pixels(encoded).shape[:2] == size
 
@@ -109,7 +109,7 @@ def test_each_format_can_be_as_large_as_it_claims(device, name, transposed):
 )
 def test_a_photo_that_is_too_large_for_a_format_is_refused(name, size, expected):
     with pytest.raises(InvalidRequest, match=f"^a {name} file can be at most {expected}"):
-        ImageFile(name, 95).check_size(size)
+        ImageFile(name, 95).check_size(*size)
 
 
 def test_a_photo_with_too_much_detail_for_webp_is_refused(device):

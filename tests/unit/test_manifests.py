@@ -9,9 +9,9 @@ import yaml
 from conftest import MODEL_NAME, ROOT
 
 import server
+from photo import max_photo_bytes
 from serving.memory import SHM_BYTES_PER_BYTE, SHM_BYTES_PER_INSTANCE
 from serving.options import MOST_DEFAULT_INSTANCES
-from serving.photo import max_photo_bytes
 from serving.triton import _configure
 
 DEPLOY = ROOT / "deploy"

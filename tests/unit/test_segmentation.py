@@ -6,7 +6,7 @@ import argparse
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLES, answer_memory, as_array, encode, iou, sample
+from conftest import SAMPLES, answer_memory, as_array, as_photo, encode, iou, sample
 from gpu import DEVICES
 from PIL import Image
 from pytriton.proxy.types import Request
@@ -38,7 +38,7 @@ def runner(request) -> Runner:
 def job(runner: Runner, class_name: str, size: tuple[int, int] | None = None, outputs=BOTH):
     """Return a job for a sample photo, with memory for its answer."""
     memory = answer_memory(1281 * 851 * 6 + 64, runner.device)
-    photo = as_array(encode(sample(class_name, size), "JPEG", quality=90))
+    photo = as_photo(encode(sample(class_name, size), "JPEG", quality=90))
     return memory, Job(photo, runner.stages.network.class_indices(class_name), 0.6, outputs, ImageFile("jpeg", 95))
 
 

@@ -10,17 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import answer_memory, as_array, with_segments
+from conftest import answer_memory, as_array, wait_for
 from gpu import DEVICES
 from pytriton.proxy.types import Request
 
-from serving.batcher import Batcher
+from photo import max_photo_bytes
+from serving.batcher import LARGE_WEIGHT, Batcher
 from serving.channel import FORK, SLACK_BYTES, lay_out, layout_of, open_channels
 from serving.errors import InferenceFailed, InvalidRequest, ServerError, UsageError
 from serving.instance import Instance
 from serving.lifecycle import Lifecycle
 from serving.memory import fit_shared_memory
-from serving.photo import blank_photo, check_photo, max_photo_bytes
+from serving.printed import Printed
 from serving.stages import Deferred
 
 PHOTO = {"image": as_array(b"photo")}
@@ -29,9 +30,9 @@ PHOTO = {"image": as_array(b"photo")}
 class Forked:
     """A batcher in its own process, as the server has it."""
 
-    def __init__(self, runner, channel_count: int, max_batch_size: int, explain=lambda error: error):
+    def __init__(self, runner, channel_count: int, max_batch_size: int, explain=lambda error: error, **options):
         self.channels = open_channels(channel_count, 1000, 1000)
-        batcher = Batcher(self.channels, lambda *job: job, runner, explain, max_batch_size)
+        batcher = Batcher(self.channels, lambda *job: job, runner, explain, Printed(), max_batch_size, **options)
         self.process = FORK.Process(target=batcher.run, daemon=True)
         self.process.start()
 
@@ -323,7 +324,51 @@ def test_an_answer_that_takes_long_to_compute_holds_up_no_other_batch():
             waiting.result()
 
 
-@pytest.mark.timeout(20)  # with Pillow, it takes more than a minute
-def test_50_mb_of_metadata_do_not_hold_up_the_batch():
-    photo = with_segments(blank_photo(64, 48).tobytes(), 0xE1, [b"Exif\0\0" + bytes(12_500)] * 4000)
-    assert check_photo(as_array(photo), 25_000_000) == (64, 48)
+def weigh(job: tuple) -> float:
+    return {"large": 1, "small": LARGE_WEIGHT}.get(job[-1], 0)
+
+
+def test_large_jobs_leave_a_channel_for_others():
+    go_on = FORK.Event()
+
+    def later():
+        go_on.wait()
+        return {}
+
+    def runner(jobs):
+        return [later if message == "large" else {} for _, _, message in jobs]
+
+    with Forked(runner, 5, max_batch_size=4, weigh=weigh) as forked, ThreadPoolExecutor(5) as pool:
+        large = [pool.submit(channel.call, PHOTO, "large") for channel in forked.channels[:4]]
+        wait_for(lambda: all(channel.is_processing() for channel in forked.channels[:4]))
+        for _ in range(2):
+            with pytest.raises(InferenceFailed, match="the server is busy with large requests: send this one again"):
+                forked.channels[4].call(PHOTO, "large", 10)
+            assert forked.channels[4].call(PHOTO, "small", 10) == {}
+        go_on.set()
+        assert [answer.result() for answer in large] == [{}] * 4
+        assert forked.channels[4].call(PHOTO, "large", 10) == {}
+
+
+def test_a_small_job_is_part_of_the_next_batch_and_large_ones_do_not_share_one():
+    memory = FORK.Array("i", 100, lock=False)  # the size of each batch
+    begun, go_on = FORK.Semaphore(0), FORK.Semaphore(0)
+
+    def runner(jobs):
+        memory[memory[0] + 1] = 10 * sum(message == "large" for _, _, message in jobs) + len(jobs)
+        memory[0] += 1
+        begun.release()
+        go_on.acquire()
+        return [{}] * len(jobs)
+
+    options = {"weigh": weigh, "max_batch_weight": 1}
+    with Forked(runner, 6, max_batch_size=4, **options) as forked, ThreadPoolExecutor(6) as pool:
+        pending = [pool.submit(forked.channels[0].call, PHOTO, "large")]
+        begun.acquire()
+        for sent, message in enumerate(("large", "large", "small", "small"), 1):
+            pending.append(pool.submit(forked.channels[sent].call, PHOTO, message))
+            wait_for(lambda sent=sent: forked.channels[0].waiting.get_value() == sent)
+        for _ in range(3):
+            go_on.release()
+        assert [answer.result(10) for answer in pending] == [{}] * 5
+    assert memory[1:4] == [11, 13, 11]

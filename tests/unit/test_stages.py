@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLES, as_array, decode, encode, psnr, sample
+from conftest import SAMPLES, as_array, as_photo, decode, encode, psnr, sample
 from gpu import DEVICES, NEEDS_GPU
 from PIL import Image
 from torch.fx.experimental.optimization import fuse
@@ -23,6 +23,7 @@ from model_inference import (
     pick_precision,
     pretrained_weights,
 )
+from photo import Photo
 from pipelines import Postprocess, Preprocess
 from server import NETWORK
 from serving.errors import InvalidRequest, UsageError
@@ -46,7 +47,7 @@ def to_arrays(batch) -> list[np.ndarray]:
 @pytest.mark.parametrize("class_name", SAMPLES)
 def test_preprocessing_matches_torchvision(device, size, class_name):
     photo = sample(class_name, size)
-    photos, images = preprocess(device)([as_array(encode(photo, "PNG"))])
+    photos, images = preprocess(device)([as_photo(encode(photo, "PNG"))])
     np.testing.assert_array_equal(to_arrays(photos)[0], np.asarray(photo))
     small = v2.functional.resize(v2.functional.pil_to_tensor(photo).float() / 255, [224, 224], antialias=True)
     expected = v2.functional.normalize(small, PRESET.mean, PRESET.std)
@@ -65,7 +66,7 @@ def test_preprocessing_matches_torchvision(device, size, class_name):
 @pytest.mark.parametrize("class_name", SAMPLES)
 def test_decoding_matches_pillow(device, subsampling, progressive, class_name):
     encoded = encode(sample(class_name), "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
-    photos, _ = preprocess(device)([as_array(encoded)])
+    photos, _ = preprocess(device)([as_photo(encoded)])
     assert psnr(to_arrays(photos)[0], decode(encoded)) > 40
 
 
@@ -74,7 +75,7 @@ def test_decoding_color_noise_matches_pillow(device):
     # The worst case of color subsampling: every pixel of another color.
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 403, 3), dtype=np.uint8))
     encoded = encode(noise, "JPEG", quality=90, subsampling="4:2:0")
-    photos, _ = preprocess(device)([as_array(encoded)])
+    photos, _ = preprocess(device)([as_photo(encoded)])
     assert psnr(to_arrays(photos)[0], decode(encoded)) > 40
 
 
@@ -82,10 +83,12 @@ def test_decoding_color_noise_matches_pillow(device):
 def test_preprocessing_continues_after_a_photo_that_cannot_be_decoded(device):
     preprocessing = preprocess(device)
     good = encode(sample("cat"), "PNG")
-    for bad in (good[:20_000], b"no photo at all"):
+    at = good.index(b"IDAT")
+    for bad in (good[: at + 4] + b"damage" + good[at + 10 :], encode(sample("cat").resize((9, 7)), "WEBP")[:50]):
+        bad = Photo(as_array(bad), 9, 7, orientation=1)
         with pytest.raises(InvalidRequest, match="cannot be decoded"):
-            preprocessing([as_array(bad)])
-        photos, _ = preprocessing([as_array(good)])
+            preprocessing([bad])
+        photos, _ = preprocessing([as_photo(good)])
         np.testing.assert_array_equal(to_arrays(photos)[0], decode(good))
 
 
@@ -111,7 +114,7 @@ def test_postprocessing_matches_numpy(device, sizes):
     thresholds = [0.6, 0.5, 0.25, 0.9][: len(sizes)]
     device = torch.device(device)
     batch, _ = Preprocess(device, 224, len(sizes))(
-        [as_array(encode(Image.fromarray(photo), "PNG")) for photo in photos]
+        [as_photo(encode(Image.fromarray(photo), "PNG")) for photo in photos]
     )
     outputs = Postprocess(device, len(sizes))(batch, torch.from_numpy(probability).to(device), thresholds)
     segmented, masks = map(to_arrays, outputs)
@@ -129,7 +132,7 @@ def test_a_call_that_failed_leaves_nothing_behind_for_the_next_one(device):
     device = torch.device(device)
     postprocess, probability = Postprocess(device, 2), torch.ones(1, 8, 8, device=device)
     for value in (10, 20, 30):
-        batch, _ = Preprocess(device, 224)([as_array(encode(Image.new("RGB", (9, 7), 3 * (value,)), "PNG"))])
+        batch, _ = Preprocess(device, 224)([as_photo(encode(Image.new("RGB", (9, 7), 3 * (value,)), "PNG"))])
         if value == 10:
             with pytest.raises(RuntimeError):
                 postprocess(batch, probability, [0.5] * 3)  # more thresholds than the batch can have
@@ -143,7 +146,7 @@ def test_a_call_that_failed_leaves_nothing_behind_for_the_next_one(device):
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_postprocessing_at_the_ends_of_the_threshold(device, threshold):
     photo = Image.new("RGB", (30, 20), (10, 20, 30))
-    batch, _ = preprocess(device)([as_array(encode(photo, "PNG"))])
+    batch, _ = preprocess(device)([as_photo(encode(photo, "PNG"))])
     probability = torch.full((1, 224, 224), 0.5, device=device)
     (segmented,), (mask,) = map(to_arrays, Postprocess(torch.device(device))(batch, probability, [threshold]))
     np.testing.assert_array_equal(mask, np.full((20, 30), 255 * (threshold < 0.5)))

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads an encoded photo, and rejects it or rebuilds it for the decoder. Nothing else interprets what a client sent.
+
+File formats leave room for disagreement: which of two EXIF blocks counts, where a damaged segment ends, how many frames
+an animation has. If the parsers of a decoder disagree about a photo, one allocates memory for its pixels, and another
+writes beyond it, or leaves a part of it unwritten, with the pixels of an earlier photo. So this package reads the file
+once, and writes a new one that holds a single still image. Metadata, previews, further pictures, and whatever is not
+understood here never reach a decoder. Nothing is decompressed here.
+
+The orientation is that of the first EXIF block, as in most viewers. The new file does not contain it: Preprocess turns
+the pixels.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from photo.base import ADVICE, InvalidPhoto, Photo
+from photo.bmp import read_bmp
+from photo.jpeg import read_jpeg
+from photo.png import SIGNATURE, read_png
+from photo.webp import read_webp
+
+# A JPEG of pure noise at the highest quality has 2 bytes per pixel (with 4:2:0 colors). A camera adds a header.
+MAX_BYTES_PER_PIXEL = 2
+MAX_HEADER_BYTES = 1 << 20
+
+__all__ = ["InvalidPhoto", "Photo", "blank_photo", "max_photo_bytes", "read_photo"]
+
+
+def max_photo_bytes(max_pixels: int) -> int:
+    """Return the largest number of bytes that an encoded photo may have."""
+    return max_pixels * MAX_BYTES_PER_PIXEL + MAX_HEADER_BYTES
+
+
+def blank_photo(width: int = 640, height: int = 480) -> Photo:
+    """Return a photo to warm up with."""
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height)).save(stream, "JPEG")
+    return read_photo(np.frombuffer(stream.getvalue(), np.uint8), width * height)
+
+
+def read_photo(encoded: np.ndarray, max_pixels: int) -> Photo:
+    """Read the bytes of a JPEG, PNG, BMP or WebP file, uint8 ``[N]``, and rebuild it. Raises InvalidPhoto."""
+    data = memoryview(np.ascontiguousarray(encoded))
+    start = bytes(data[:12])
+    if start.startswith(b"\xff\xd8"):
+        read = read_jpeg
+    elif start.startswith(SIGNATURE):
+        read = read_png
+    elif start.startswith(b"RIFF") and start.endswith(b"WEBP"):
+        read = read_webp
+    elif start.startswith(b"BM"):
+        read = read_bmp
+    else:
+        raise InvalidPhoto(f"the photo ({len(data)} bytes) is damaged or of an unknown type: {ADVICE}")
+    return read(data, max_pixels)

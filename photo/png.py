@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PNG, third edition. The new file has the header, the palette if the pixels need one, and the pixels.
+
+Gamma, color profile and transparency are left out because the server does not use them.
+"""
+
+from photo.base import (
+    ANIMATION,
+    MAX_EXIF_BYTES,
+    MAX_SEGMENTS,
+    TOO_MANY_SEGMENTS,
+    InvalidPhoto,
+    Photo,
+    check_size,
+    damaged,
+    join,
+    read_orientation,
+    truncated,
+    unpack,
+)
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+END = b"\0\0\0\0IEND\xae\x42\x60\x82"
+BIT_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by color type
+PALETTE = 3  # the color type that needs one
+ANIMATION_CHUNKS = (b"acTL", b"fcTL", b"fdAT")
+ANCILLARY = 0x20  # the bit of a chunk's name that says that the image can be shown without it
+
+
+def read_png(data: memoryview, max_pixels: int) -> Photo:
+    """Return the PNG without everything that its pixels do not need. Raises InvalidPhoto."""
+    header = palette = orientation = None
+    pixels: list[memoryview] = []
+    position, previous = len(SIGNATURE), b""
+    for _ in range(MAX_SEGMENTS):
+        length, kind = unpack(">I4s", data, position)
+        end = position + 12 + length  # the length, the kind and a checksum, which the decoder checks
+        if end > len(data):
+            raise truncated("no IEND chunk")
+        chunk, body = data[position:end], data[position + 8 : end - 4]
+        if (kind == b"IHDR") != (not header):
+            raise damaged("not one IHDR chunk, at the beginning")
+        if kind == b"IHDR":
+            header = chunk
+            width, height, color_type = _read_header(body, max_pixels)
+        elif kind == b"PLTE":
+            if palette or pixels or length % 3 or not 3 <= length <= 768:
+                raise damaged("its palette")
+            palette = chunk
+        elif kind == b"IDAT":
+            if pixels and previous != b"IDAT":
+                raise damaged("pixels in several places")
+            pixels.append(chunk)
+        elif kind == b"IEND":
+            break
+        elif kind in ANIMATION_CHUNKS:
+            raise InvalidPhoto(ANIMATION)
+        elif kind == b"eXIf" and orientation is None:
+            orientation = read_orientation(bytes(body[:MAX_EXIF_BYTES]))
+        elif not kind[0] & ANCILLARY:
+            raise damaged("an unknown critical chunk")
+        position, previous = end, kind
+    else:
+        raise InvalidPhoto(TOO_MANY_SEGMENTS)
+    if not pixels:
+        raise damaged("no pixels")
+    if color_type != PALETTE:
+        palette = b""  # a suggestion for displays with few colors
+    elif not palette:
+        raise damaged("no palette")
+    return Photo(join(SIGNATURE, header, palette, *pixels, END), width, height, orientation or 1)
+
+
+def _read_header(body: memoryview, max_pixels: int) -> tuple[int, int, int]:
+    """Return width, height and color type."""
+    width, height, depth, color_type, compression, filters, interlace = unpack(">IIBBBBB", body)
+    if len(body) != 13 or depth not in BIT_DEPTHS.get(color_type, ()) or compression or filters or interlace > 1:
+        raise damaged("its IHDR chunk")
+    check_size(width, height, max_pixels)
+    return width, height, color_type
