@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carries requests from one process to another, and the answers back, through memory that both share."""
 
+import hashlib
 import math
 import mmap
 import pickle
@@ -35,6 +36,7 @@ class Channel:
         self._request = _SharedMemory(request_bytes + SLACK_BYTES)
         self._answer = _SharedMemory(answer_bytes + SLACK_BYTES)
         self._broken = False
+        self._calling = False
 
     @property
     def answer_memory(self) -> np.ndarray:
@@ -58,9 +60,11 @@ class Channel:
             # np.copyto would release the interpreter lock, and getting it back takes longer than the copy.
             _as_bytes(copy)[:] = _as_bytes(arrays[name])
         if not self._broken:
+            self._calling = True
             self._request_sent.release()
             self.waiting.release()
             self._wait_for_answer(timeout_s)
+            self._calling = False
         if self._broken:
             raise ConnectionError("the process that answers is gone")
         answer = self._answer.read()
@@ -83,6 +87,18 @@ class Channel:
         """Make current and future calls fail because the other process is gone."""
         self._broken = True
         self._answer_sent.release()
+
+    def is_processing(self) -> bool:
+        """Return whether the other process has taken a request and not answered it."""
+        return self._calling and self._request_sent.get_value() == 0
+
+    def describe_request(self) -> str:
+        """Return the size and the SHA-256 of each array of the request that is being processed. For either process."""
+        layout, _ = self._request.read()
+        return ", ".join(
+            f"{name} of {array.nbytes} bytes with SHA-256 {hashlib.sha256(array).hexdigest()}"
+            for name, array in lay_out(self._request.array, layout).items()
+        )
 
     def take(self) -> tuple[dict[str, np.ndarray], object] | None:
         """Return the arrays and the message of the request that is waiting, or None. For the other process."""

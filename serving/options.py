@@ -13,7 +13,7 @@ from collections.abc import Callable
 # holds what is answered within seconds.
 DEVICE_DEFAULTS = {
     "cuda": {"instances": 14, "max_batch_size": 7, "max_queue": 512},
-    "cpu": {"instances": 4, "max_batch_size": 4, "max_queue": 12},
+    "cpu": {"instances": 5, "max_batch_size": 4, "max_queue": 12},
 }
 DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
@@ -146,9 +146,27 @@ def parse_serving_options(description: str) -> argparse.Namespace:
     return options
 
 
+class LineFormatter(logging.Formatter):
+    """Keeps a message on its line, and indents tracebacks: what a client sends cannot look like another line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """Return the line, with escape sequences for what is not printable."""
+        return _printable(super().formatMessage(record))
+
+    def formatException(self, error: tuple) -> str:  # noqa: N802
+        """Return the traceback."""
+        return "\n".join(f"    {_printable(line)}" for line in super().formatException(error).splitlines())
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
 def configure_logging(verbose: bool) -> None:
     """Log what the server does to stderr, and what PyTriton does if the user wants to know."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("server").setLevel(logging.DEBUG if verbose else logging.INFO)
     if verbose:
         logging.getLogger("pytriton").setLevel(logging.DEBUG)

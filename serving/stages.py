@@ -50,5 +50,9 @@ class Stages(abc.ABC):
         called again for each job alone.
         """
 
+    def weigh(self, job: object) -> float:  # noqa: ARG002
+        """Return how large a job is, 1 for the largest possible one, so that large jobs do not hold up small ones."""
+        return 0
+
     def verify(self) -> None:  # noqa: B027 - not every network needs it
         """Raise an exception if the outputs of the last call are wrong. By now, the GPU has finished them."""

@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import errno
 import logging
+import math
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ from serving.instance import Instance
 from serving.lifecycle import Lifecycle
 from serving.memory import AnswerMemory, fit_shared_memory
 from serving.options import MOST_DEFAULT_INSTANCES, device_default
+from serving.printed import Printed
 from serving.stages import Deferred, Stages
 
 MAX_WAIT_S = 60  # for an instance; after that, a request is refused unprocessed
@@ -75,6 +77,7 @@ class Workers:
         self._answer_bytes = answer_bytes
         self._lifecycle = lifecycle
         self._workers: list[_Worker] = []
+        self._watchers: list[threading.Thread] = []
         self.instances: list[Instance] = []
         self.queue_policy: QueuePolicy | None = None
 
@@ -90,6 +93,8 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self._lifecycle.finish()
         kill_all([worker.process for worker in self._workers], "a worker")
+        for watcher in self._watchers:  # which log what the workers were doing
+            watcher.join()
 
     def _start(self) -> None:
         options = self._options
@@ -110,15 +115,16 @@ class Workers:
                 raise UsageError(f"--max-pixels {options.max_pixels}: not enough memory ({error})") from error
             # Between the fork and the append, a signal would leave an orphaned process.
             with self._lifecycle.signals_deferred():
-                build = partial(
-                    _build, self._stages, options, device, channels, shm_bytes, self._request_bytes, self._answer_bytes
-                )
-                self._workers.append(_Worker(device, channels, build))
+                printed = Printed()
+                limits = shm_bytes, self._request_bytes, self._answer_bytes
+                build = partial(_build, self._stages, options, device, channels, printed, *limits)
+                self._workers.append(_Worker(device, channels, printed, build))
             # When PyTriton stops, it waits for its instances, and they wait for the worker.
             self._lifecycle.on_give_up(self._workers[-1].process.kill)
         reports = self._wait_until_ready(options.start_timeout_s)
         for worker, report in zip(self._workers, reports, strict=True):
-            threading.Thread(target=self._fail_without, args=(worker,), daemon=True).start()
+            self._watchers.append(threading.Thread(target=self._fail_without, args=(worker,), daemon=True))
+            self._watchers[-1].start()
             max_request_bytes = self._request_bytes(report.max_pixels)
             self.instances += [
                 Instance(channel, max_request_bytes, options.worker_timeout_s, self._lifecycle)
@@ -152,17 +158,25 @@ class Workers:
     def _fail_without(self, worker: "_Worker") -> None:
         worker.wait_until_ended()
         self._lifecycle.fail("stopping: a worker exited")
+        worker.break_off()
 
 
 class _Worker:
     """A worker process, as seen from the process that started it."""
 
-    def __init__(self, device: str, channels: Sequence[Channel], build: Callable[[], tuple[Batcher, _Ready]]):
+    def __init__(
+        self,
+        device: str,
+        channels: Sequence[Channel],
+        printed: Printed,
+        build: Callable[[], tuple[Batcher, _Ready]],
+    ):
         """Fork the process, which calls ``build``. This must happen while the server has only one thread."""
         self.channels = channels
         self.device = device
+        self._printed = printed
         self.status, worker_end = Pipe()
-        self.process = FORK.Process(target=_run, args=(os.getpid(), build, worker_end))
+        self.process = FORK.Process(target=_run, args=(os.getpid(), printed, build, worker_end))
         self.process.start()
         worker_end.close()
 
@@ -174,14 +188,24 @@ class _Worker:
             self.process.join()
             code = self.process.exitcode
             how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
-            raise ServerError(f"a worker exited during startup ({how})") from None
+            printed = self._printed.read()
+            what = f', and a library printed "{printed}"' if printed else ""
+            raise ServerError(f"a worker exited during startup ({how}){what}") from None
         if isinstance(report, Exception):
             raise report
         return report
 
     def wait_until_ended(self) -> None:
-        """Return when the process has ended and its callers know. From any thread."""
+        """Return when the process has ended, and log which requests it was processing. From any thread."""
         connection.wait([self.process.sentinel])
+        for channel in self.channels:
+            if channel.is_processing():
+                LOGGER.error("a worker ended while it processed %s", channel.describe_request())
+        if printed := self._printed.read():
+            LOGGER.error('before a worker ended, a library printed "%s"', printed)
+
+    def break_off(self) -> None:
+        """Make current and future calls fail."""
         for channel in self.channels:
             channel.break_off()
 
@@ -211,8 +235,11 @@ class Runner:
         ]
 
 
-def _run(parent: int, build: Callable[[], tuple[Batcher, _Ready]], status: connection.Connection) -> None:
+def _run(
+    parent: int, printed: Printed, build: Callable[[], tuple[Batcher, _Ready]], status: connection.Connection
+) -> None:
     """Entry point of the worker process."""
+    printed.redirect()
     # Ctrl-C in a terminal reaches this process, too. It has requests to finish; the server ends it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -240,6 +267,7 @@ def _build(
     options: argparse.Namespace,
     device: str,
     channels: Sequence[Channel],
+    printed: Printed,
     shm_bytes: int,
     request_bytes: Callable[[int], int],
     answer_bytes: Callable[[int], int],
@@ -271,6 +299,9 @@ def _build(
         request = Request(data=arrays, parameters=parameters, requested_output_names=outputs)
         return memories[channel], runner.stages.read(request)
 
+    def weigh(job: tuple[AnswerMemory, object]) -> float:
+        return runner.stages.weigh(job[1])
+
     def explain(error: Exception) -> RequestError:
         _end_without(device)
         if isinstance(error, RequestError):
@@ -280,9 +311,13 @@ def _build(
 
     LOGGER.removeHandler(warnings)
     messages = tuple(record.getMessage() for record in warnings.buffer)
-    return Batcher(list(memories), read, runner, explain, max_batch_size), _Ready(
-        device_type, instances, max_pixels, messages
-    )
+    if text := printed.read():
+        LOGGER.warning('while a worker started, a library printed "%s"', text)
+
+    # On a CPU, a batch takes as long as its jobs one after another, so that large ones need not share one.
+    max_batch_weight = 1 if device_type == "cpu" else math.inf
+    batcher = Batcher(list(memories), read, runner, explain, printed, max_batch_size, weigh, max_batch_weight)
+    return batcher, _Ready(device_type, instances, max_pixels, messages)
 
 
 def _end_without(device: str) -> None:

@@ -2,6 +2,7 @@
 """What breaks around the server: it goes on, or it exits with status 1 so that a supervisor restarts it."""
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +46,31 @@ def test_an_error_of_the_server_costs_one_request(toy, protocol):
     assert "Traceback (most recent call last)" in toy.log.read_text()
     assert f"ValueError: a mistake over {protocol}" in toy.log.read_text()
     assert (connection.infer(PHOTO)["inverted"][0] == 255 - decode(PHOTO)).all()
+
+
+DESCRIPTION = f"image of {len(PHOTO)} bytes with SHA-256 {hashlib.sha256(PHOTO).hexdigest()}"
+FORGED = "\n2026-11-26 20:00:00,000 CRITICAL server: forged\x1b[2J\rforged"
+
+
+@pytest.mark.parametrize("parameters", [{"print": f"text{FORGED}"}, {"raise": f"text{FORGED}"}])
+def test_nothing_that_a_client_sends_can_start_a_line_of_the_log_or_move_the_cursor(toy, parameters):
+    before = len(toy.log.read_text())
+    with contextlib.suppress(InferenceError):
+        toy.connect("http").infer(PHOTO, parameters=parameters)
+    text = toy.log.read_text()[before:]
+    assert "forged" in text
+    assert all(line.isprintable() for line in text.splitlines())
+    assert "\r" not in text
+    assert not [line for line in text.split("\n") if line.startswith(("forged", "2026-11-26 20:00:00,000"))]
+
+
+def test_what_a_library_prints_is_one_line_with_the_request(toy):
+    before = len(toy.log.read_text())
+    toy.connect("http").infer(PHOTO, parameters={"print": 50_000 * "many lines\n"})
+    (line,) = toy.log.read_text()[before:].splitlines()
+    assert 'WARNING server: a library printed "many lines\\nmany lines' in line
+    assert len(line) < 1000
+    assert line.endswith(f'..." while it processed {DESCRIPTION}')
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -162,7 +188,9 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
             server.segments()
         broken["killed worker"].server.processes("worker")[0].kill()
         exiting = broken["exiting worker"]
-        exiting.clients = [pool.submit(infer_until_refused, exiting.server.connect("grpc"), exit=1)]
+        exiting.clients = [
+            pool.submit(infer_until_refused, exiting.server.connect("grpc"), exit=1, print="last words\n")
+        ]
         broken["killed helper"].server.processes("stubs")[0].kill()
         for what in ("killed Triton", "killed Triton, noticed late"):
             broken[what].server.processes("tritonserver")[0].kill()
@@ -186,6 +214,9 @@ def test_a_killed_worker_ends_the_server(broken):
 def test_a_worker_that_exits_in_the_middle_of_a_request_ends_the_server(broken):
     log = broken["exiting worker"].assert_it_ends(1)
     assert "CRITICAL server: stopping: a worker exited" in log
+    # So that an operator can find or block what ends a worker.
+    assert f"ERROR server: a worker ended while it processed {DESCRIPTION}\n" in log
+    assert 'ERROR server: before a worker ended, a library printed "last words"' in log
     assert broken["exiting worker"].clients[0].result() == (
         0,
         "the server is stopping because its worker is gone: try again later",

@@ -118,7 +118,7 @@ def test_a_server_without_options_has_the_documented_defaults():
     assert (options.start_timeout_s, options.worker_timeout_s) == (600, 300)
     assert DEVICE_DEFAULTS == {
         "cuda": {"instances": 14, "max_batch_size": 7, "max_queue": 512},
-        "cpu": {"instances": 4, "max_batch_size": 4, "max_queue": 12},
+        "cpu": {"instances": 5, "max_batch_size": 4, "max_queue": 12},
     }
     assert device_default(options, "instances", "cuda") == 14
     assert device_default(server.parse_options(["--instances", "3"]), "instances", "cuda") == 3
