@@ -7,9 +7,8 @@ import re
 import socket
 from collections.abc import Callable
 
-# Used unless the user says otherwise, by the type of the device. On a GPU, a batch has at most as many photos as an
-# H100 or H200 has JPEG decoders (see docs/sharp-bits.md), and there are instances for two batches: the answers of one
-# are copied while the other is computed. More instances would only compete for the server's interpreter lock. The queue
+# Used unless the user says otherwise, by the type of the device. On a GPU there are instances for two batches: the answers
+# of one are copied while the other is computed. More instances would only compete for the server's interpreter lock. The queue
 # holds what is answered within seconds.
 DEVICE_DEFAULTS = {
     "cuda": {"instances": 14, "max_batch_size": 7, "max_queue": 512},
