@@ -24,6 +24,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # parsers say about some damaged headers.
 DECODING_ERROR = re.compile(r"Failed to decode|Invalid sample_type|nvImageCodec failure: '#(2|3|4|9|13|17|19)'")
 
+NVJPEG = {
+    "device": "mixed",
+    # If the data of a JPEG is damaged, the GPU's JPEG hardware leaves a part of the photo as it was in memory, with
+    # pixels of an earlier photo. nvJPEG's other decoders notice the damage.
+    "hw_decoder_load": 0.0,
+    # nvJPEG pads each of its buffers, several per thread. With DALI's defaults, 8 MB on the host and 16 MB on the GPU,
+    # a worker grows by hundreds of megabytes as its threads meet more kinds of JPEG.
+    "host_memory_padding": 1 << 20,
+    "device_memory_padding": 1 << 20,
+}
+
 TensorList = TensorListCPU | TensorListGPU
 
 
@@ -33,12 +44,13 @@ class Preprocess:
     def __init__(self, device: torch.device, input_size: int, max_batch_size: int = 1):
         """``input_size`` is the width and height of the network's input in pixels."""
         self._device = device
-        self._pipeline = _preprocess_pipeline(
-            on_gpu=device.type == "cuda",
-            input_size=input_size,
-            **_pipeline_options(device, max_batch_size),
+        on_gpu, options = device.type == "cuda", _pipeline_options(device, max_batch_size)
+        # Each condition in a pipeline takes time, also if it never holds. Most batches need none.
+        self._common, self._general = (
+            _preprocess_pipeline(on_gpu, general, input_size, **options) for general in (False, True)
         )
-        self._pipeline.build()
+        for pipeline in (self._common, self._general):
+            pipeline.build()
 
     def __call__(self, photos: Sequence[Photo]) -> tuple[TensorList, torch.Tensor]:
         """Return the decoded photos and the network's input.
@@ -46,14 +58,16 @@ class Preprocess:
         Returns the photos, RGB, upright, uint8 ``[H, W, 3]`` each, and a float32 tensor ``[N, 3, S, S]``, both on the
         device, in the order of torch's current stream. Raises InvalidRequest if one of the photos cannot be decoded.
         """
-        try:
-            inputs = {
-                "encoded": [photo.encoded for photo in photos],
-                "orientation": [np.int32(photo.orientation) for photo in photos],
-            }
-            if self._device.type == "cuda":
+        inputs = {"encoded": [photo.encoded for photo in photos]}
+        on_gpu = self._device.type == "cuda"
+        pipeline = self._common
+        if any(photo.orientation != 1 or (on_gpu and not photo.suits_nvjpeg) for photo in photos):
+            pipeline = self._general
+            inputs["orientation"] = [np.int32(photo.orientation) for photo in photos]
+            if on_gpu:
                 inputs["suits_nvjpeg"] = [np.bool_(photo.suits_nvjpeg) for photo in photos]
-            decoded, images = self._pipeline.run(_current_stream(self._device), **inputs)
+        try:
+            decoded, images = pipeline.run(_current_stream(self._device), **inputs)
         except RuntimeError as error:
             # DALI raises RuntimeError for everything. The pipeline stays usable after an error of the decoder.
             if not DECODING_ERROR.search(str(error)):
@@ -102,36 +116,27 @@ class Postprocess:
 
 
 @pipeline_def(enable_conditionals=True)
-def _preprocess_pipeline(on_gpu: bool, input_size: int):
+def _preprocess_pipeline(on_gpu: bool, general: bool, input_size: int):
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    orientation = fn.external_source(name="orientation", dtype=types.INT32, ndim=0)
     if not on_gpu:
         photo = _decode(encoded, device="cpu")
-    elif fn.external_source(name="suits_nvjpeg", dtype=types.BOOL, ndim=0):
-        photo = _decode(
-            encoded,
-            device="mixed",
-            # If the data of a JPEG is damaged, the GPU's JPEG hardware leaves a part of the photo as it was in memory,
-            # with pixels of an earlier photo. nvJPEG's other decoders notice the damage.
-            hw_decoder_load=0.0,
-            # nvJPEG pads each of its buffers, several per thread. With DALI's defaults, 8 MB on the host and 16 MB on
-            # the GPU, a worker grows by hundreds of megabytes as its threads meet more kinds of JPEG.
-            host_memory_padding=1 << 20,
-            device_memory_padding=1 << 20,
-        )
+    elif not general or fn.external_source(name="suits_nvjpeg", dtype=types.BOOL, ndim=0):
+        photo = _decode(encoded, **NVJPEG)
     else:
         # Also PNG: with device="mixed", those of 2 and 4 bits have wrong colors.
         photo = _decode(encoded, device="cpu").gpu()
-    if orientation >= 5:
-        photo = fn.transpose(photo, perm=[1, 0, 2], transpose_layout=False, output_layout="HWC")
-    if orientation >= 2:
-        mirrored = (orientation == 2) | (orientation == 3) | (orientation == 6) | (orientation == 7)
-        upside_down = (orientation == 3) | (orientation == 4) | (orientation == 7) | (orientation == 8)
-        photo = fn.flip(
-            photo,
-            horizontal=fn.cast(mirrored, dtype=types.INT32),
-            vertical=fn.cast(upside_down, dtype=types.INT32),
-        )
+    if general:
+        orientation = fn.external_source(name="orientation", dtype=types.INT32, ndim=0)
+        if orientation >= 5:
+            photo = fn.transpose(photo, perm=[1, 0, 2], transpose_layout=False, output_layout="HWC")
+        if orientation >= 2:
+            mirrored = (orientation == 2) | (orientation == 3) | (orientation == 6) | (orientation == 7)
+            upside_down = (orientation == 3) | (orientation == 4) | (orientation == 7) | (orientation == 8)
+            photo = fn.flip(
+                photo,
+                horizontal=fn.cast(mirrored, dtype=types.INT32),
+                vertical=fn.cast(upside_down, dtype=types.INT32),
+            )
     small = fn.resize(photo, size=[input_size, input_size], interp_type=types.INTERP_LINEAR, dtype=types.FLOAT)
     image = fn.crop_mirror_normalize(
         small,
@@ -154,10 +159,9 @@ def _postprocess_pipeline(device: str):
     return photo & mask, fn.squeeze(mask, axes=2)
 
 
-def _decode(encoded, device: str, **options):
+def _decode(encoded, **options):
     return fn.decoders.image(
         encoded,
-        device=device,
         output_type=types.RGB,
         jpeg_fancy_upsampling=True,  # as every viewer does it; otherwise, the colors of 4:2:0 JPEGs differ visibly
         adjust_orientation=False,  # photo/ has read it

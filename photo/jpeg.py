@@ -319,9 +319,9 @@ class JpegReader:
     def suits_nvjpeg(self) -> bool:
         """Return whether nvJPEG gives the pixels that libjpeg gives (12.4, on an H200).
 
-        It takes RGB for YCbCr, and damages some progressive photos with restart markers.
+        It takes RGB for YCbCr, and damages some photos with restart markers.
         """
-        return self.is_gray_or_ycbcr() and not (self.frame == SOF2 and self.has_restarts)
+        return self.is_gray_or_ycbcr() and not self.has_restarts
 
     def describe_colors(self) -> bytes:
         """Return the segment that says what the components mean, by the rules of libjpeg, and so of Pillow.

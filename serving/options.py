@@ -7,9 +7,10 @@ import re
 import socket
 from collections.abc import Callable
 
-# Used unless the user says otherwise, by the type of the device. On a GPU there are instances for two batches: the answers
-# of one are copied while the other is computed. More instances would only compete for the server's interpreter lock. The queue
-# holds what is answered within seconds.
+# Used unless the user says otherwise, by the type of the device. On a GPU there are instances for two batches: the
+# answers of one are copied while the other is computed. More instances would only compete for the server's interpreter
+# lock. On a CPU, there is one more instance than the client keeps photos in flight by default: the batcher reserves it for
+# small photos. The queue holds what is answered within seconds.
 DEVICE_DEFAULTS = {
     "cuda": {"instances": 14, "max_batch_size": 7, "max_queue": 512},
     "cpu": {"instances": 5, "max_batch_size": 4, "max_queue": 12},

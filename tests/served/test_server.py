@@ -41,7 +41,8 @@ def test_the_queue_has_the_documented_limits(server):
 
 
 def test_a_bad_photo_costs_the_others_in_its_batch_nothing(server):
-    bad, connection = encode(sample("cat"), "PNG")[:20_000], server.connect("grpc")
+    png, connection = encode(sample("cat"), "PNG"), server.connect("grpc")
+    bad = png[:20_000] + b"damage" + png[20_006:]
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(connection.infer, photo, (), {"class_name": "cat"}) for photo in (CAT, bad) * 3]
         for good, refused in zip(answers[::2], answers[1::2], strict=True):
