@@ -134,6 +134,12 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         default=300,
         help="exit with status 1 if requests wait and a worker answers none of them for this many seconds",
     )
+    add(
+        "--triton-timeout-s",
+        type=number(float, 1, 86_400),
+        default=30,
+        help="exit with status 1 if Triton does not say for this many seconds that the model is ready",
+    )
     add("--verbose", action="store_true", help="log what PyTriton and Triton do")
 
 

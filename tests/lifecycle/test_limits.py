@@ -33,8 +33,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, S
     folder = tmp_path_factory.mktemp("limits")
     servers = {
         # Answers one request at a time and lets eight wait.
-        "slow": start_toy(folder / "slow", "--instances", 1, "--max-queue", 8),
-        "strange clients": start_toy(folder / "clients", "--max-queue", 100),
+        "slow": start_toy(folder / "slow", "--instances", 1, "--max-queue", 8, "--triton-timeout-s", 3),
+        "strange clients": start_toy(folder / "clients", "--max-queue", 100, "--triton-timeout-s", 3),
         "little shared memory": start_toy(folder / "shm", "--instances", 16, prefix=with_tmpfs("/dev/shm", "64m")),
         "little disk": start_toy(folder / "disk", prefix=with_tmpfs("$PYTRITON_HOME", "64m")),
     }
