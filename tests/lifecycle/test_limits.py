@@ -24,7 +24,7 @@ from conftest import (
 )
 from PIL import Image
 
-from client import InferenceError
+from client import Connection, InferenceError
 
 
 @pytest.fixture(scope="module")
@@ -131,18 +131,26 @@ def test_with_little_shared_memory_the_server_takes_smaller_photos_and_lives(ser
     side = int(int(most.replace(",", "")) ** 0.5)
     assert side >= 1000
     assert int(instances) == 2
-    # Photos that grow up to the limit, with files as large as photos can have, several at once.
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8))
     connections = [server.connect(protocol) for protocol in PROTOCOLS * 3]
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8))
+    with pytest.raises(InferenceError, match=r"bytes, but this server accepts at most \d+") as error:
+        connections[0].infer(encode(noise, "BMP"))
+    with pytest.raises(InferenceError, match=r"pixels, but this server accepts at most \d+"):
+        connections[1].infer(encode(Image.new("RGB", (side + 1, side + 1)), "PNG"))
+    damaged = bytes(int(re.search(r"at most (\d+)", str(error.value))[1]))
+
+    def refuse(connection: Connection) -> None:
+        with pytest.raises(InferenceError, match="is damaged"):
+            connection.infer(damaged)
+
+    # Photos that grow up to the limit, with files as large as photos can have, several at once. In between, such files
+    # fail. If they kept their memory, 64 MB would be full after 10 of them.
     with ThreadPoolExecutor(6) as pool:
         for width in (side // 4, side // 2, 3 * side // 4, side, side, side):
             encoded = encode(noise.crop((0, 0, width, side)), "JPEG", quality=100)
             for answer in pool.map(lambda connection, encoded=encoded: connection.infer(encoded), connections):
                 assert answer["inverted"].shape == (1, side, width, 3)
-    with pytest.raises(InferenceError, match=r"bytes, but this server accepts at most \d+"):
-        connections[0].infer(encode(noise, "BMP"))
-    with pytest.raises(InferenceError, match=r"pixels, but this server accepts at most \d+"):
-        connections[1].infer(encode(Image.new("RGB", (side + 1, side + 1)), "PNG"))
+            list(pool.map(refuse, connections * 5))
     assert server.process.poll() is None
 
 
