@@ -30,7 +30,7 @@ from pytriton.utils.distribution import get_stub_path
 from serving.errors import ServerError, UsageError
 from serving.lifecycle import Lifecycle
 from serving.options import DEFAULT_ADDRESS, DEFAULT_PORTS
-from serving.proxy import CollectingModel
+from serving.proxy import CleanModel
 from serving.watchdog import Watchdog
 
 # Seconds that Triton waits for clients to close their connections when it exits. `docker stop` kills after 10 s.
@@ -90,7 +90,7 @@ class Triton:
                 f"PyTriton cannot create its workspace: {error}; set PYTRITON_HOME to a folder that can be written to"
             ) from error
         helpers: list[psutil.Process] = []
-        pytriton.triton.Model = CollectingModel  # bind() has no argument for it
+        pytriton.triton.Model = CleanModel  # bind() has no argument for it
         try:
             triton.bind(**self._model)
             self._start(triton)

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Too many requests, too little memory, and clients that do not play along."""
 
+import contextlib
+import http.client
+import json
 import re
+import shutil
 import socket
 import struct
 from collections.abc import Iterator, Mapping
@@ -152,6 +156,35 @@ def test_with_little_shared_memory_the_server_takes_smaller_photos_and_lives(ser
                 assert answer["inverted"].shape == (1, side, width, 3)
             list(pool.map(refuse, connections * 5))
     assert server.process.poll() is None
+
+
+def infer_with_text(server: Server, photo: bytes, text: bytes) -> str:
+    """Send a photo over HTTP with a parameter that has any bytes, and return what the server says."""
+    size = {"binary_data_size": len(photo)}
+    request = {
+        "parameters": {"note": "TEXT"},
+        "inputs": [{"name": "image", "shape": [1, len(photo)], "datatype": "UINT8", "parameters": size}],
+    }
+    header = json.dumps(request).encode().replace(b"TEXT", text)
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.http_port)) as connection:
+        lengths = {"Inference-Header-Content-Length": str(len(header))}
+        connection.request("POST", f"/v2/models/{server.model_name}/infer", header + photo, lengths)
+        return connection.getresponse().read().decode()
+
+
+def test_what_cannot_be_passed_on_to_the_server_is_refused_and_leaves_nothing_behind(servers):
+    server = servers["little shared memory"]
+    connection = server.connect("grpc")
+    for _ in range(20):  # the requests alone have 100 MB, of 64
+        said = infer_with_text(server, bytes(5_000_000), b"\xff")
+        assert "InvalidRequest: a parameter is not valid UTF-8" in said
+        assert "Traceback" not in said
+    used = shutil.disk_usage(f"/proc/{server.process.pid}/root/dev/shm").used  # as the server sees it
+    for _ in range(200):
+        with pytest.raises(InferenceError, match="the input image is empty"):
+            connection.infer(b"")
+    assert shutil.disk_usage(f"/proc/{server.process.pid}/root/dev/shm").used == used
+    assert (connection.infer(PHOTO)["inverted"][0] == 255 - decode(PHOTO)).all()
 
 
 def test_a_disk_that_fills_up_does_not_disturb_a_running_server(servers):
