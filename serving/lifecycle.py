@@ -36,6 +36,7 @@ class Lifecycle:
         self._on_give_up: list[Callable[[], None]] = []
         self._exit_status = 0
         self._reason = ""
+        self._told_to_stop = False
         self._stopping = False
         self._deferred = False
         self._pending = False
@@ -52,10 +53,13 @@ class Lifecycle:
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         self.finish()
         if isinstance(error, ServerError):
+            if self._told_to_stop:  # and so was Triton, which may have ended first
+                sys.exit(0)
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(error.exit_status)
 
     def _on_signal(self, number: int, _frame: object) -> None:
+        self._told_to_stop |= number != FAILURE
         # Only the first signal counts, so that an impatient second one does not interrupt the clean-up.
         if self._stopping:
             return

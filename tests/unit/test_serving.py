@@ -249,6 +249,16 @@ def test_a_failure_that_a_signal_to_all_processes_causes_does_not_count(caplog):
 
 
 @pytest.mark.usefixtures("restore_signals")
+def test_a_server_that_was_told_to_stop_does_not_complain_that_triton_ended(capsys):
+    with pytest.raises(SystemExit) as end, Lifecycle(1) as lifecycle:  # noqa: PT012 - the block is under test
+        lifecycle.finish()  # called by the thread that notices the end of Triton first
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ServerError("Triton exited unexpectedly")
+    assert end.value.code == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("restore_signals")
 def test_a_deferred_signal_arrives_at_the_end_of_the_block():
     done = []
     with pytest.raises(SystemExit) as end, Lifecycle(1) as lifecycle:  # noqa: PT012 - the block is under test
