@@ -30,9 +30,11 @@ class TritonPythonModel(TritonPythonModel):
 
     def _check(self, request):
         try:
-            request.parameters()
+            parameters = request.parameters()
         except UnicodeDecodeError:
             raise pb_utils.TritonModelException("InvalidRequest: a parameter is not valid UTF-8") from None
+        if len(parameters) > 65_536:  # as JSON; what reads them takes many times that
+            raise pb_utils.TritonModelException("InvalidRequest: the parameters of the request are too long")
         for tensor in request.inputs():
             if tensor.as_numpy().size == 0:
                 raise pb_utils.TritonModelException(f"InvalidRequest: the input {tensor.name()} is empty")
