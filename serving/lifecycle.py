@@ -19,6 +19,10 @@ LOGGER = logging.getLogger("server")
 # The last answer still has to pass through PyTriton and Triton once the last request counts as done.
 QUIET_S = 1
 
+# What fail() sends to this process. A SIGTERM for all of the server's processes may end a helper before the main thread
+# has run its handler. Python runs the handlers of pending signals in the order of their numbers, and this one is high.
+FAILURE = signal.SIGRTMIN
+
 
 class Lifecycle:
     """Stops the server on SIGINT, SIGTERM or a fatal error. The main thread runs inside its ``with`` block.
@@ -31,6 +35,8 @@ class Lifecycle:
         self._drain_s = drain_s
         self._on_give_up: list[Callable[[], None]] = []
         self._exit_status = 0
+        self._reason = ""
+        self._told_to_stop = False
         self._stopping = False
         self._deferred = False
         self._pending = False
@@ -40,21 +46,27 @@ class Lifecycle:
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Lifecycle":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, FAILURE):
             signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         self.finish()
         if isinstance(error, ServerError):
+            if self._told_to_stop:  # and so was Triton, which may have ended first
+                sys.exit(0)
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(error.exit_status)
 
-    def _on_signal(self, *_: object) -> None:
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._told_to_stop |= number != FAILURE
         # Only the first signal counts, so that an impatient second one does not interrupt the clean-up.
         if self._stopping:
             return
         self._stopping = True
+        if number == FAILURE:
+            LOGGER.critical(self._reason)
+            self._exit_status = 1
         if self._deferred:
             self._pending = True
         else:
@@ -78,9 +90,8 @@ class Lifecycle:
     def fail(self, reason: str) -> None:
         """Stop the server with status 1, which makes a supervisor start it again. From any thread."""
         if not self._stopping:
-            LOGGER.critical(reason)
-            self._exit_status = 1
-            os.kill(os.getpid(), signal.SIGTERM)
+            self._reason = self._reason or reason
+            os.kill(os.getpid(), FAILURE)
 
     def on_give_up(self, callback: Callable[[], None]) -> None:
         """Register what :meth:`give_up` calls."""

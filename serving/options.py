@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 # Used unless the user says otherwise, by the type of the device. On a GPU there are instances for two batches: the
 # answers of one are copied while the other is computed. More instances would only compete for the server's interpreter
-# lock. On a CPU, there is one more instance than the client keeps photos in flight by default: the batcher reserves it for
-# small photos. The queue holds what is answered within seconds.
+# lock. On a CPU, there is one more than the client keeps photos in flight by default: the batcher reserves it for small
+# photos. The queue holds what is answered within seconds.
 DEVICE_DEFAULTS = {
     "cuda": {"instances": 14, "max_batch_size": 7, "max_queue": 512},
     "cpu": {"instances": 5, "max_batch_size": 4, "max_queue": 12},
@@ -133,6 +133,12 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         type=number(float, 1, 86_400),
         default=300,
         help="exit with status 1 if requests wait and a worker answers none of them for this many seconds",
+    )
+    add(
+        "--triton-timeout-s",
+        type=number(float, 1, 86_400),
+        default=30,
+        help="exit with status 1 if Triton does not say for this many seconds that the model is ready",
     )
     add("--verbose", action="store_true", help="log what PyTriton and Triton do")
 

@@ -30,6 +30,8 @@ from pytriton.utils.distribution import get_stub_path
 from serving.errors import ServerError, UsageError
 from serving.lifecycle import Lifecycle
 from serving.options import DEFAULT_ADDRESS, DEFAULT_PORTS
+from serving.proxy import CleanModel
+from serving.watchdog import Watchdog
 
 # Seconds that Triton waits for clients to close their connections when it exits. `docker stop` kills after 10 s.
 EXIT_TIMEOUT_S = 2
@@ -66,6 +68,7 @@ class Triton:
         """Check addresses and ports. Raises UsageError if Triton could not listen on them."""
         self._verbose = options.verbose
         self._behind_proxy = options.behind_proxy
+        self._timeout_s = options.triton_timeout_s
         self._lifecycle = lifecycle
         self._config = _configure(options)
         self._security = _secure(options)
@@ -87,6 +90,7 @@ class Triton:
                 f"PyTriton cannot create its workspace: {error}; set PYTRITON_HOME to a folder that can be written to"
             ) from error
         helpers: list[psutil.Process] = []
+        pytriton.triton.Model = CleanModel  # bind() has no argument for it
         try:
             triton.bind(**self._model)
             self._start(triton)
@@ -95,7 +99,9 @@ class Triton:
             if not self._behind_proxy and not all(_is_loopback(address) for _, address, _ in _listening(self._config)):
                 LOGGER.warning("EXPOSED: whoever can reach this server can crash it: see docs/security.md for a proxy")
             LOGGER.info("ready: model %s at %s", self._model["model_name"], _urls(self._config))
-            triton.serve(monitoring_period_s=1)
+            endpoint = next(_listening(self._config))  # of HTTP, or of gRPC if HTTP is off
+            with Watchdog(*endpoint, self._model["model_name"], self._timeout_s, self._fail_without_answers):
+                triton.serve(monitoring_period_s=1)
             self._lifecycle.finish()
             self._lifecycle.give_up()  # PyTriton would wait for the requests in flight
             raise ServerError("Triton exited unexpectedly; --verbose shows its log")
@@ -127,6 +133,11 @@ class Triton:
             # The main thread notices the end of Triton, too. There, PyTriton waits for the requests in flight.
             self._lifecycle.finish()
             self._lifecycle.give_up()
+
+    def _fail_without_answers(self) -> None:
+        self._lifecycle.fail(f"stopping: Triton has not answered for {self._timeout_s:g} s")
+        # Clients that wait for it are told now. This also ends a server whose signal from fail() is lost.
+        _kill(_tritonservers())
 
     def _clean_up(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process]) -> None:
         """Stop Triton, and remove what it leaves behind if it was killed or ran out of time."""

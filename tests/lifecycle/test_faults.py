@@ -4,6 +4,8 @@
 import contextlib
 import hashlib
 import re
+import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
@@ -28,6 +30,7 @@ from conftest import (
 from tritonclient.utils import InferenceServerException
 
 from client import InferenceError
+from serving.watchdog import Watchdog
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +77,9 @@ def test_what_a_library_prints_is_one_line_with_the_request(toy):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_parameters_that_do_not_fit_into_the_channel_are_refused(toy, protocol):
+def test_parameters_that_are_too_long_are_refused(toy, protocol):
     with pytest.raises(InferenceError, match="the parameters of the request are too long"):
-        toy.connect(protocol).infer(PHOTO, parameters={"note": "x" * (2 << 20)})
+        toy.connect(protocol).infer(PHOTO, parameters={"note": "x" * (1 << 16)})
 
 
 def test_requests_that_triton_puts_into_one_call_get_their_own_answers(toy, tmp_path):
@@ -105,6 +108,24 @@ def test_a_request_with_two_photos_is_refused(toy):
         toy.connect("http").client.infer("Toy", [image])
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_watchdog_is_quiet_as_long_as_the_model_is_ready(toy, protocol, monkeypatch):
+    for name in ("http_proxy", "grpc_proxy"):  # nobody listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    port = toy.http_port if protocol == "http" else toy.grpc_port
+    ready, ended, unknown = (threading.Event() for _ in range(3))
+    with contextlib.ExitStack() as stack:
+        for _ in range(400):  # idle clients
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        with Watchdog(protocol, "127.0.0.1", port, "Another", 1, ended.set):
+            pass
+        stack.enter_context(Watchdog(protocol, "127.0.0.1", port, "Another", 1, unknown.set))
+        stack.enter_context(Watchdog(protocol, "0.0.0.0", port, "Toy", 2, ready.set))
+        assert not ready.wait(3)
+    assert unknown.is_set()
+    assert not ended.is_set()
+
+
 class Broken:
     """A server to which something fatal happens while clients use it."""
 
@@ -122,10 +143,17 @@ class Broken:
         ]
         wait_for(lambda: self.server.metric("pending_request_count") + self.server.metric("request_success") >= 3)
 
-    def suspend_worker(self) -> None:
-        """Make the worker hang, as it does if the driver of its GPU hangs."""
-        self.server.processes("worker")[0].suspend()
+    def suspend(self, kind: str) -> None:
+        """Make a process hang, as a worker does if the driver of its GPU hangs."""
+        self.server.processes(kind)[0].suspend()
         self.broken_at = datetime.now()
+
+    def seconds_until(self, said: str) -> float:
+        """Return when the log has a line, the only critical one, in seconds after it broke."""
+        (line,) = [line for line in self.server.log.read_text().splitlines() if " CRITICAL server: " in line]
+        assert said in line
+        logged = datetime.strptime(" ".join(line.split()[:2]), "%Y-%m-%d %H:%M:%S,%f")
+        return (logged - self.broken_at).total_seconds()
 
     def assert_it_ends(self, status: int) -> str:
         """Wait for the end of the server, and return its log. Nothing is left behind, and all clients were told."""
@@ -175,17 +203,19 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
         "killed Triton, noticed late": start_toy(folder / "late", script=patched(folder / "notice", NOTICE_LATE)),
         "killed server": start_toy(folder / "server"),
         "hanging worker": start_toy(folder / "hanging", "--instances", 2, "--worker-timeout-s", 3),
+        "hanging Triton": start_toy(folder / "silent", "--triton-timeout-s", 3),
     }
     with running_together(servers), ThreadPoolExecutor(40) as pool:
         broken = {what: Broken(server, pool) for what, server in servers.items()}
         broken["hanging worker"].server.connect("http").infer(PHOTO)
         for what in ("hanging worker", "killed Triton", "killed Triton, noticed late"):
-            broken[what].suspend_worker()
+            broken[what].suspend("worker")
             broken[what].use()
-        for what in ("killed worker", "killed helper", "killed Triton, lost signal"):
+        for what in ("killed worker", "killed helper", "killed Triton, lost signal", "hanging Triton"):
             broken[what].use()
         for server in servers.values():
             server.segments()
+        broken["hanging Triton"].suspend("tritonserver")
         broken["killed worker"].server.processes("worker")[0].kill()
         exiting = broken["exiting worker"]
         exiting.clients = [
@@ -242,15 +272,20 @@ def test_a_worker_that_hangs_does_not_hold_up_the_end_of_the_server(broken, what
 
 
 def test_a_worker_that_hangs_ends_the_server_after_its_timeout(broken):
-    log = broken["hanging worker"].assert_it_ends(1)
+    broken["hanging worker"].assert_it_ends(1)
     for client in broken["hanging worker"].clients:
         answered, said = client.result()
         assert answered == 0
         assert re.search("the server took too long and is stopping|is stopping because its worker is gone", said)
-    line = next(line for line in log.splitlines() if "has answered no request for 3 s" in line)
-    assert " CRITICAL server: " in line
-    logged = datetime.strptime(" ".join(line.split()[:2]), "%Y-%m-%d %H:%M:%S,%f")
-    assert 2.9 < (logged - broken["hanging worker"].broken_at).total_seconds() < 5  # not twice the timeout
+    # Not after twice its timeout.
+    assert 2.9 < broken["hanging worker"].seconds_until("stopping: a worker has answered no request for 3 s") < 5
+
+
+def test_a_triton_that_hangs_ends_the_server_after_its_timeout(broken):
+    log = broken["hanging Triton"].assert_it_ends(1)
+    assert "Traceback" not in log
+    # The first of the checks that fail may begin a second after Triton hangs.
+    assert 2.9 < broken["hanging Triton"].seconds_until("stopping: Triton has not answered for 3 s") < 6
 
 
 def test_a_killed_server_takes_its_workers_along(broken):

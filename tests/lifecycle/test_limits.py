@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Too many requests, too little memory, and clients that do not play along."""
 
+import contextlib
+import http.client
+import json
 import re
+import shutil
 import socket
 import struct
 from collections.abc import Iterator, Mapping
@@ -24,7 +28,7 @@ from conftest import (
 )
 from PIL import Image
 
-from client import InferenceError
+from client import Connection, InferenceError
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +37,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, S
     folder = tmp_path_factory.mktemp("limits")
     servers = {
         # Answers one request at a time and lets eight wait.
-        "slow": start_toy(folder / "slow", "--instances", 1, "--max-queue", 8),
-        "strange clients": start_toy(folder / "clients", "--max-queue", 100),
+        "slow": start_toy(folder / "slow", "--instances", 1, "--max-queue", 8, "--triton-timeout-s", 3),
+        "strange clients": start_toy(folder / "clients", "--max-queue", 100, "--triton-timeout-s", 3),
         "little shared memory": start_toy(folder / "shm", "--instances", 16, prefix=with_tmpfs("/dev/shm", "64m")),
         "little disk": start_toy(folder / "disk", prefix=with_tmpfs("$PYTRITON_HOME", "64m")),
     }
@@ -131,19 +135,56 @@ def test_with_little_shared_memory_the_server_takes_smaller_photos_and_lives(ser
     side = int(int(most.replace(",", "")) ** 0.5)
     assert side >= 1000
     assert int(instances) == 2
-    # Photos that grow up to the limit, with files as large as photos can have, several at once.
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8))
     connections = [server.connect(protocol) for protocol in PROTOCOLS * 3]
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8))
+    with pytest.raises(InferenceError, match=r"bytes, but this server accepts at most \d+") as error:
+        connections[0].infer(encode(noise, "BMP"))
+    with pytest.raises(InferenceError, match=r"pixels, but this server accepts at most \d+"):
+        connections[1].infer(encode(Image.new("RGB", (side + 1, side + 1)), "PNG"))
+    damaged = bytes(int(re.search(r"at most (\d+)", str(error.value))[1]))
+
+    def refuse(connection: Connection) -> None:
+        with pytest.raises(InferenceError, match="is damaged"):
+            connection.infer(damaged)
+
+    # Photos that grow up to the limit, with files as large as photos can have, several at once. In between, such files
+    # fail. If they kept their memory, 64 MB would be full after 10 of them.
     with ThreadPoolExecutor(6) as pool:
         for width in (side // 4, side // 2, 3 * side // 4, side, side, side):
             encoded = encode(noise.crop((0, 0, width, side)), "JPEG", quality=100)
             for answer in pool.map(lambda connection, encoded=encoded: connection.infer(encoded), connections):
                 assert answer["inverted"].shape == (1, side, width, 3)
-    with pytest.raises(InferenceError, match=r"bytes, but this server accepts at most \d+"):
-        connections[0].infer(encode(noise, "BMP"))
-    with pytest.raises(InferenceError, match=r"pixels, but this server accepts at most \d+"):
-        connections[1].infer(encode(Image.new("RGB", (side + 1, side + 1)), "PNG"))
+            list(pool.map(refuse, connections * 5))
     assert server.process.poll() is None
+
+
+def infer_with_text(server: Server, photo: bytes, text: bytes) -> str:
+    """Send a photo over HTTP with a parameter that has any bytes, and return what the server says."""
+    size = {"binary_data_size": len(photo)}
+    request = {
+        "parameters": {"note": "TEXT"},
+        "inputs": [{"name": "image", "shape": [1, len(photo)], "datatype": "UINT8", "parameters": size}],
+    }
+    header = json.dumps(request).encode().replace(b"TEXT", text)
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.http_port)) as connection:
+        lengths = {"Inference-Header-Content-Length": str(len(header))}
+        connection.request("POST", f"/v2/models/{server.model_name}/infer", header + photo, lengths)
+        return connection.getresponse().read().decode()
+
+
+def test_what_cannot_be_passed_on_to_the_server_is_refused_and_leaves_nothing_behind(servers):
+    server = servers["little shared memory"]
+    connection = server.connect("grpc")
+    for _ in range(20):  # the requests alone have 100 MB, of 64
+        said = infer_with_text(server, bytes(5_000_000), b"\xff")
+        assert "InvalidRequest: a parameter is not valid UTF-8" in said
+        assert "Traceback" not in said
+    used = shutil.disk_usage(f"/proc/{server.process.pid}/root/dev/shm").used  # as the server sees it
+    for _ in range(200):
+        with pytest.raises(InferenceError, match="the input image is empty"):
+            connection.infer(b"")
+    assert shutil.disk_usage(f"/proc/{server.process.pid}/root/dev/shm").used == used
+    assert (connection.infer(PHOTO)["inverted"][0] == 255 - decode(PHOTO)).all()
 
 
 def test_a_disk_that_fills_up_does_not_disturb_a_running_server(servers):

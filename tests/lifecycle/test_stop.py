@@ -50,7 +50,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
         "SIGTERM": start_toy(folder / "sigterm", *busy),
         "SIGINT": start_toy(folder / "sigint", *busy, prefix=IGNORING_SIGINT),
         "Ctrl-C in a terminal": start_toy(folder / "ctrl-c", *busy),
-        "long drain": start_toy(folder / "long", "--drain-s", 6, "--instances", 2),
+        "long drain": start_toy(folder / "long", "--drain-s", 6, "--instances", 2, "--triton-timeout-s", 3),
         "short drain": start_toy(folder / "short", "--drain-s", 1),
         "killed Triton": start_toy(folder / "triton", "--drain-s", 6),
     }

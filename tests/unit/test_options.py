@@ -42,6 +42,7 @@ def mistake(parse_options, arguments: list[str], capsys) -> str:
         ("--drain-s", "-1", "must be a number between 0 and 86400, not -1"),
         ("--start-timeout-s", "inf", "must be a number between 1 and 86400, not inf"),
         ("--worker-timeout-s", "soon", "must be a number between 1 and 86400, not soon"),
+        ("--triton-timeout-s", "0.9", "must be a number between 1 and 86400, not 0.9"),
         ("--address", "", "must not be empty; 0.0.0.0 listens on all addresses"),
         ("--address", "a..b", "must be an IPv4 address or a known host name, not a..b"),
         ("--address", "no.such.host.invalid", "must be an IPv4 address or a known host name, not no.such.host.invalid"),
@@ -115,7 +116,7 @@ def test_a_server_without_options_has_the_documented_defaults():
     assert (options.weights, options.class_name, options.threshold) == ("auto", "person", 0.6)
     assert (options.input_size, options.precision, options.device) == (224, "auto", "auto")
     assert (options.max_pixels, options.drain_s) == (25_000_000, 2)
-    assert (options.start_timeout_s, options.worker_timeout_s) == (600, 300)
+    assert (options.start_timeout_s, options.worker_timeout_s, options.triton_timeout_s) == (600, 300, 30)
     assert DEVICE_DEFAULTS == {
         "cuda": {"instances": 14, "max_batch_size": 7, "max_queue": 512},
         "cpu": {"instances": 5, "max_batch_size": 4, "max_queue": 12},

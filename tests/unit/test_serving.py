@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of serving/ by themselves: channels, batches, instances, shared memory, the end of the server."""
 
+import hashlib
 import os
 import signal
 import threading
@@ -19,7 +20,7 @@ from serving.batcher import LARGE_WEIGHT, Batcher
 from serving.channel import FORK, SLACK_BYTES, lay_out, layout_of, open_channels
 from serving.errors import InferenceFailed, InvalidRequest, ServerError, UsageError
 from serving.instance import Instance
-from serving.lifecycle import Lifecycle
+from serving.lifecycle import FAILURE, Lifecycle
 from serving.memory import fit_shared_memory
 from serving.printed import Printed
 from serving.stages import Deferred
@@ -206,7 +207,7 @@ def test_a_server_that_has_drained_refuses_requests():
 
 @pytest.fixture
 def restore_signals():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, FAILURE)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -228,6 +229,34 @@ def test_a_failure_in_another_thread_ends_the_server_with_status_1(caplog):
         time.sleep(10)
     assert end.value.code == 1
     assert "lost the GPU" in caplog.text
+
+
+@pytest.mark.usefixtures("restore_signals")
+def test_a_failure_that_a_signal_to_all_processes_causes_does_not_count(caplog):
+    began = threading.Event()
+
+    def end_everything(lifecycle: Lifecycle) -> None:
+        began.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        lifecycle.fail("lost a helper")
+
+    with pytest.raises(SystemExit) as end, Lifecycle(1) as lifecycle:  # noqa: PT012 - the block is under test
+        threading.Thread(target=end_everything, args=(lifecycle,)).start()
+        began.set()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)  # runs no handler, and lets the other thread run
+        time.sleep(10)
+    assert end.value.code == 0
+    assert "lost a helper" not in caplog.text
+
+
+@pytest.mark.usefixtures("restore_signals")
+def test_a_server_that_was_told_to_stop_does_not_complain_that_triton_ended(capsys):
+    with pytest.raises(SystemExit) as end, Lifecycle(1) as lifecycle:  # noqa: PT012 - the block is under test
+        lifecycle.finish()  # called by the thread that notices the end of Triton first
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ServerError("Triton exited unexpectedly")
+    assert end.value.code == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("restore_signals")
