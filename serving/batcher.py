@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups requests into batches and has them answered together."""
 
+import contextlib
 import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,6 +21,16 @@ LARGE_WEIGHT = 1 / 6  # of the largest possible job; for photos of at most 25 me
 LOGGER = logging.getLogger("server")
 
 
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """End the process on an error in a thread. Nobody else would notice it, and requests would wait forever."""
+    try:
+        yield
+    except BaseException:
+        LOGGER.exception("a worker failed")
+        os._exit(1)
+
+
 @dataclass(eq=False)
 class _Entry:
     """A request that has been read and not been answered."""
@@ -32,8 +43,8 @@ class _Entry:
 class Batcher:
     """Takes the requests from the channels, in batches, and never waits for a batch to fill.
 
-    Large jobs do not hold up small ones: not all channels can have one, and a small job that arrives while a batch is
-    computed is part of the next one.
+    One thread reads requests, and rejects some, while another one computes a batch. Large jobs do not hold up small
+    ones: not all channels can have one, and a small job that arrives while a batch is computed is part of the next one.
     """
 
     def __init__(
@@ -66,6 +77,7 @@ class Batcher:
         self._weigh = weigh
         self._max_batch_weight = max_batch_weight
         self._entries: list[_Entry] = []  # that wait for a batch, the oldest first
+        self._arrived = threading.Condition()  # guards the entries
         # A fifth of the channels remains for small jobs, even while clients wait for large files to be encoded.
         self._large = threading.Semaphore(max(1, len(channels) * 4 // 5))
         # At a lower priority than the batches, which keep the device busy. On Linux, niceness applies per thread.
@@ -73,17 +85,21 @@ class Batcher:
 
     def run(self) -> None:
         """Work forever. Raises the first error that is not the fault of one request."""
+        threading.Thread(target=self._read_requests, daemon=True).start()
         while True:
-            self._take_requests()
-            self._compute(self._next_batch())
+            with self._arrived:
+                self._arrived.wait_for(lambda: self._entries)
+                batch = self._next_batch()
+            self._compute(batch)
 
-    def _take_requests(self) -> None:
-        """Take and read the requests that have arrived. Wait for one if none is left."""
-        while self._waiting.acquire(block=not self._entries):
-            for channel in self._channels:
-                if (request := channel.take()) is not None:
-                    self._read_request(channel, *request)
-                    break
+    def _read_requests(self) -> None:
+        with exit_on_error():
+            while True:
+                self._waiting.acquire()
+                for channel in self._channels:
+                    if (request := channel.take()) is not None:
+                        self._read_request(channel, *request)
+                        break
 
     def _read_request(self, channel: Channel, arrays: Mapping[str, np.ndarray], message: object) -> None:
         try:
@@ -94,7 +110,9 @@ class Batcher:
         except Exception as error:
             channel.answer(self._explain(error))
         else:
-            self._entries.append(entry)
+            with self._arrived:
+                self._entries.append(entry)
+                self._arrived.notify()
 
     def _next_batch(self) -> list[_Entry]:
         batch, weight = [], 0.0
@@ -126,16 +144,12 @@ class Batcher:
                 self._answer(entry, answer)
 
     def _compute_later(self, entry: _Entry, compute: Callable[[], Mapping[str, np.ndarray]]) -> None:
-        try:
+        with exit_on_error():
             try:
                 answer = compute()
             except Exception as error:
                 answer = self._explain(error)
             self._answer(entry, answer)
-        except BaseException:
-            # Nobody else notices an error in a pool, and the request would wait forever.
-            LOGGER.exception("a worker failed")
-            os._exit(1)
 
     def _answer(self, entry: _Entry, answer: Mapping[str, np.ndarray] | Exception) -> None:
         if entry.weight > LARGE_WEIGHT:

@@ -23,9 +23,10 @@ class Deferred:
 
 
 class Stages(abc.ABC):
-    """Turns requests into jobs, and batches of jobs into outputs. Each worker process has one object, in one thread.
+    """Turns requests into jobs, and batches of jobs into outputs. Each worker process has one object.
 
-    On a GPU, it runs on its own CUDA stream, which is torch's current stream in the constructor and in all calls.
+    One thread creates and calls it. On a GPU, it has its own CUDA stream, which is torch's current stream in the
+    constructor and in all calls. Another thread calls ``read`` and ``weigh``, also while a batch is computed.
     """
 
     @abc.abstractmethod

@@ -124,8 +124,7 @@ def test_a_batch_is_what_is_waiting():
             pool.submit(channel.call, request, None)
             for channel, request in zip(forked.channels[1:], requests[1:], strict=True)
         ]
-        while forked.channels[0].waiting.get_value() < 10:
-            time.sleep(0.01)
+        wait_for(lambda: all(channel.is_processing() for channel in forked.channels))
         release.set()
         assert [future.result()["number"].tolist() for future in [first, *others]] == [[2 * n] for n in range(11)]
         assert [sizes.get() for _ in range(4)] == [1, 4, 4, 2]
@@ -394,9 +393,9 @@ def test_a_small_job_is_part_of_the_next_batch_and_large_ones_do_not_share_one()
     with Forked(runner, 6, max_batch_size=4, **options) as forked, ThreadPoolExecutor(6) as pool:
         pending = [pool.submit(forked.channels[0].call, PHOTO, "large")]
         begun.acquire()
-        for sent, message in enumerate(("large", "large", "small", "small"), 1):
-            pending.append(pool.submit(forked.channels[sent].call, PHOTO, message))
-            wait_for(lambda sent=sent: forked.channels[0].waiting.get_value() == sent)
+        for channel, message in zip(forked.channels[1:], ("large", "large", "small", "small"), strict=False):
+            pending.append(pool.submit(channel.call, PHOTO, message))
+            wait_for(channel.is_processing)
         for _ in range(3):
             go_on.release()
         assert [answer.result(10) for answer in pending] == [{}] * 5
