@@ -22,10 +22,21 @@ from client import Connection
 from serving.launch import free_ports
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-NEEDS_NGINX = pytest.mark.skipif(not NGINX, reason="needs nginx: apt install nginx")
+NEEDS_NGINX = pytest.mark.skipif(
+    not NGINX or not Path("/usr/lib/nginx/modules/ngx_http_js_module.so").exists(),
+    reason="needs nginx: apt install nginx libnginx-mod-http-js",
+)
 # Attacks come from another address than the client that must not notice them.
 ATTACKER = "127.0.0.2"
 SERVICE = "/inference.GRPCInferenceService"
+KEY = "6fa04a" + 29 * "5c"
+OPEN = "default anyone;\n"  # in api_keys.conf
+# The toy's contract in infer.js.
+TOY = {
+    "'ResNet101'": "'Toy'",
+    "['original', 'segmented', 'mask', 'encoded']": "['inverted', 'mean']",
+    "class_name: 'text', threshold: 'number', format: 'text', quality:": "hold: 'text', sleep_s: 'number', add:",
+}
 
 
 def adapt(configuration: str, replacements: Mapping[str, str]) -> str:
@@ -36,11 +47,26 @@ def adapt(configuration: str, replacements: Mapping[str, str]) -> str:
     return configuration
 
 
-class Proxy:
-    """nginx with deploy/nginx.conf, where only addresses and the model's name are replaced."""
+def image_files() -> dict[str, Path]:
+    """Return what proxy.Dockerfile copies to /etc/proxy, by name."""
+    (copied,) = re.findall(r"^COPY (.*) /etc/proxy/$", (ROOT / "deploy/proxy.Dockerfile").read_text(), re.MULTILINE)
+    return {name: ROOT / "deploy" / name for name in copied.split()}
 
-    def __init__(self, servers: Sequence[Server], certificate: Path | None = None, api_key: str = ""):
-        """``certificate`` is a PEM file with its key; then the proxy has TLS ports, too."""
+
+class Proxy:
+    """nginx with the files that are deployed, where only addresses, keys and the model's contract are replaced."""
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        certificate: Path | None = None,
+        api_keys: str = OPEN,
+        files: Mapping[str, Path] | None = None,
+    ):
+        """``certificate`` is a PEM file with its key; then the proxy has TLS ports, too. ``api_keys`` are lines to add.
+
+        ``files`` are those in /etc/proxy, by default the ones of the image.
+        """
         self.http_port, self.grpc_port, self.https_port = free_ports()
         (self.grpcs_port,) = free_ports(1)
         self._servers = servers
@@ -59,9 +85,15 @@ class Proxy:
                 "/etc/tls/tls.crt": str(certificate),
                 "/etc/tls/tls.key": str(certificate),
             }
-        (self.folder / "nginx.conf").write_text(adapt((ROOT / "deploy/nginx.conf").read_text(), replacements))
-        if api_key:
-            (self.folder / "api_keys.conf").write_text(f'default 403;\n"~^Bearer {api_key}$" "";\n')
+        self._texts = {name: path.read_text() for name, path in (files or image_files()).items()}
+        for name, text in self._texts.items():
+            if name == "nginx.conf":
+                text = adapt(text, replacements)
+            if name == "infer.js" and servers[0].model_name == "Toy":
+                text = adapt(text, TOY)
+            if name == "api_keys.conf":
+                text += api_keys
+            (self.folder / name).write_text(text)
         self._write_servers(())
         self.log = self.folder / "log"
         with self.log.open("a") as log:
@@ -94,12 +126,11 @@ class Proxy:
                 for server in self._servers
             )
 
-        (self.folder / "servers.conf").write_text(
-            adapt(
-                (ROOT / "deploy/servers.conf").read_text(),
-                {"server 127.0.0.1:8000;": lines("http_port"), "server 127.0.0.1:8001;": lines("grpc_port")},
-            )
-        )
+        text = self._texts["servers.conf"]
+        for port, port_name in (("8000", "http_port"), ("8001", "grpc_port")):
+            text, count = re.subn(rf"server \S+:{port};", lines(port_name), text)
+            assert count == 1
+        (self.folder / "servers.conf").write_text(text)
 
     def grpc_statuses(self) -> list[str]:
         """Return the gRPC statuses of the attacker's calls, from the log: clients get them behind an answer."""
