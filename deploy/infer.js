@@ -13,9 +13,9 @@ const PARAMETERS = {class_name: 'text', threshold: 'number', format: 'text', qua
 // Bytes that may stand in front of a photo.
 const MAX_HEAD = 16384;
 const LONGEST_TIMEOUT = 86400e6;
-// What needs no escapes, neither in JSON nor in a log.
-const TEXT = /^[ !#-\[\]-~]{0,256}$/;
-const ID = /^[\w.:-]{0,128}$/;
+// What a text and an id must not have: what needs an escape in JSON or in a log.
+const NO_TEXT = /[^ !#-\[\]-~]/;
+const NO_ID = /[^\w.:-]/;
 
 function check(condition, sentence) {
     if (!condition) {
@@ -24,7 +24,7 @@ function check(condition, sentence) {
 }
 
 function check_id(id) {
-    check(typeof id == 'string' && ID.test(id), 'id may have up to 128 letters, digits and . : _ -');
+    check(typeof id == 'string' && id.length <= 128 && !NO_ID.test(id), 'id may have up to 128 letters, digits and . : _ -');
     return id;
 }
 
@@ -41,7 +41,8 @@ function kind_of(parameter) {
 function check_parameter(name, value) {
     switch (kind_of(name)) {
     case 'text':
-        check(typeof value == 'string' && TEXT.test(value), `${name} must be text of up to 256 ASCII characters, without quotes and backslashes`);
+        check(typeof value == 'string' && value.length <= 256 && !NO_TEXT.test(value),
+              `${name} must be text of up to 256 ASCII characters, without quotes and backslashes`);
         break;
     case 'number':
         check(typeof value == 'number' && isFinite(value), `${name} must be a number`);
@@ -94,9 +95,6 @@ function clean_json(json, photo_bytes) {
     Object.keys(parameters).filter(name => name != 'binary_data_output').forEach(name => {
         check_parameter(name, parameters[name]);
     });
-    if (Object.keys(parameters).length) {
-        clean.parameters = parameters;
-    }
 
     const outputs = request.outputs === undefined ? [] : request.outputs;
     check(Array.isArray(outputs), 'outputs must be a list');
@@ -117,7 +115,18 @@ function clean_json(json, photo_bytes) {
         check_binary(binary);
         delete clean.outputs;
     }
-    return JSON.stringify(clean);
+    const text = JSON.stringify(clean);
+    const members = Object.keys(parameters).map(name => `"${name}":${write_value(name, parameters[name])}`);
+    return members.length ? `${text.slice(0, -1)},"parameters":{${members.join()}}}` : text;
+}
+
+function write_value(name, value) {
+    const usual = JSON.stringify(value);
+    if (PARAMETERS[name] != 'number') {
+        return usual;
+    }
+    const scientific = value.toExponential().replace('+', '');
+    return scientific.length < usual.length ? scientific : usual;
 }
 
 function check_binary(flag) {
@@ -197,10 +206,10 @@ function check_entry(bytes, earlier) {
     const value = new Reader(entry.string());
     const tag = value.byte();
     if (tag == STRING) {
-        check_parameter(name, value.string().toString('latin1'));
+        check_parameter(name, value.string().toString());
     } else if (tag == INT64) {
         const number = value.varint();
-        check_parameter(name, number < Math.pow(2, 63) ? number : number - Math.pow(2, 64));
+        check_parameter(name, number < Math.pow(2, 63) ? number : -1);  // all negative numbers are alike here
     } else if (tag == DOUBLE && kind == 'number') {
         check(value.bytes.length == 9, 'the message is malformed');
         value.at = 9;
@@ -224,7 +233,7 @@ function check_grpc(file) {
             model = bytes.toString();
             break;
         case REQUEST_ID:
-            check_id(bytes.toString('latin1'));
+            check_id(bytes.toString());
             break;
         case PARAMETER:
             check_entry(bytes, parameters);

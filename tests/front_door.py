@@ -18,6 +18,7 @@ import grpc
 import psutil
 import pytest
 from conftest import MODEL_NAME, ROOT, Server, wait_for
+from tritonclient.grpc import service_pb2
 
 from client import Connection
 from serving.launch import free_ports
@@ -230,6 +231,34 @@ def grpc_status(port: int, method: str, message: bytes = b"", **options: object)
         except grpc.RpcError as error:
             return error.code()
     return grpc.StatusCode.OK
+
+
+def infer_refusal(port: int, json_part: bytes, photo: bytes = b"") -> tuple[int, str]:
+    """Send JSON and a photo behind it to the toy, and return the status and the sentence of the refusal."""
+    lengths = f"Inference-Header-Content-Length: {len(json_part)}", f"Content-Length: {len(json_part) + len(photo)}"
+    return refusal(port, "POST", "/v2/models/Toy/infer", *lengths, body=json_part + photo)
+
+
+def grpc_refusal(port: int, message: bytes) -> tuple[grpc.StatusCode, str]:
+    """Send a message to the toy over gRPC, and return the status and the sentence with which it is refused."""
+    sizes = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(f"127.0.0.1:{port}", sizes) as channel, pytest.raises(grpc.RpcError) as error:
+        channel.unary_unary(f"{SERVICE}/ModelInfer")(message, timeout=60)
+    return error.value.code(), error.value.details()
+
+
+def described(photo: bytes) -> dict:
+    """Return what Triton's client says over HTTP about a photo for the toy."""
+    size = len(photo)
+    image = {"name": "image", "datatype": "UINT8", "shape": [1, size], "parameters": {"binary_data_size": size}}
+    return {"inputs": [image], "parameters": {"binary_data_output": True}}
+
+
+def infer_message(photo: bytes) -> service_pb2.ModelInferRequest:
+    """Return what Triton's client says over gRPC to send a photo to the toy."""
+    request = service_pb2.ModelInferRequest(model_name="Toy", raw_input_contents=[photo])
+    request.inputs.add(name="image", datatype="UINT8", shape=[1, len(photo)])
+    return request
 
 
 DATA, HEADERS, RST_STREAM, SETTINGS, GOAWAY = 0, 1, 3, 4, 7

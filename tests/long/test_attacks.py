@@ -36,6 +36,7 @@ from front_door import (
     h2_data,
     h2_exchange,
     h2_request,
+    infer_message,
     receive,
     request_head,
     send,
@@ -446,22 +447,13 @@ def test_slow_readers(front_door, protocol):
             request = request_head("POST", INFER, RAW, f"Content-Length: {len(photo)}") + photo
             many(stack, 200, front_door.http_port, request, receive_buffer=4096)
         else:
-            message = b"\0" + infer_message(photo)
+            content = infer_message(photo).SerializeToString()
+            message = b"\0" + len(content).to_bytes(4, "big") + content
             request = h2_request(1, "POST", MODEL_INFER, *GRPC_HEADERS) + h2_data(1, message)
             many(stack, 200, front_door.grpc_port, H2_PREFACE + request, receive_buffer=4096)
         assert max(front_door.client.next_answers(3)) < 20  # behind the large photos in the queue
         wait_for(lambda: not front_door.server.metric("pending_request_count"), timeout_s=60)
         front_door.assert_unharmed()
-
-
-def infer_message(photo: bytes) -> bytes:
-    """Return the length and the bytes of a ModelInferRequest."""
-    from tritonclient.grpc import service_pb2
-
-    request = service_pb2.ModelInferRequest(model_name="Toy", raw_input_contents=[photo])
-    request.inputs.add(name="image", datatype="UINT8", shape=[1, len(photo)])
-    message = request.SerializeToString()
-    return len(message).to_bytes(4, "big") + message
 
 
 def test_thousands_of_idle_connections(front_door):
