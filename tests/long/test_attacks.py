@@ -352,9 +352,10 @@ def test_what_triton_would_pay_dearly_for_costs_nothing(front_door, attack):
     assert front_door.server.memory().total() - before < 50 * MEGABYTE  # the good client goes on
 
 
-def test_what_passes_over_grpc_is_what_protobuf_itself_writes_for_a_photo():
+@pytest.mark.parametrize("seed", range(5))
+def test_what_passes_over_grpc_is_what_protobuf_itself_writes_for_a_photo(seed):
     """Whatever is changed in a message: if the proxy lets it through, no parser can take it for anything else."""
-    photo, rng = bytes(300), random.Random(0)
+    photo, rng = bytes(300), random.Random(seed)
     request = infer_message(photo)
     request.id = "a-1"
     for name, value in {
@@ -371,7 +372,7 @@ def test_what_passes_over_grpc_is_what_protobuf_itself_writes_for_a_photo():
     passed = 0
     with Proxy([nobody]) as proxy, grpc.insecure_channel(f"127.0.0.1:{proxy.grpc_port}") as channel:
         infer = channel.unary_unary(MODEL_INFER)
-        for _ in range(5000):
+        for _ in range(1000):  # as many as the proxy lets through at once
             message = bytearray(good)
             for _ in range(rng.randint(1, 3)):
                 at = rng.randrange(len(good) - len(photo))
