@@ -53,8 +53,11 @@ class InferenceError(Exception):
 class Connection:
     """Talks to a model on one server. Any thread may use it."""
 
-    def __init__(self, url: str, model_name: str = MODEL_NAME, verbose: bool = False):
-        """``url`` is http://host:port, grpc://host:port or host; the port may be omitted. Raises ClientError."""
+    def __init__(self, url: str, model_name: str = MODEL_NAME, verbose: bool = False, api_key: str = ""):
+        """``url`` is http://host:port, grpc://host:port or host; the port may be omitted. Raises ClientError.
+
+        ``api_key`` is for the proxy in front of a server; see docs/security.md.
+        """
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             port = parts.port
@@ -69,6 +72,7 @@ class Connection:
         self.url = f"{parts.scheme}://{self._address}"
         self.model_name = model_name
         self._verbose = verbose
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._triton: ModuleType = tritonclient.grpc if parts.scheme == "grpc" else tritonclient.http
         self._local = threading.local()
 
@@ -119,6 +123,7 @@ class Connection:
                 [self.image_input(encoded)],
                 parameters=dict(parameters or {}),
                 timeout=timeout_us,
+                headers=self._headers,
                 **options,
             )
         except Exception as error:
@@ -297,6 +302,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--output-dir", type=Path, default=Path(), help="folder for the files; created if missing")
     add("--url", default="http://127.0.0.1:8000", help="http://host:port, grpc://host:port or host")
+    add(
+        "--api-key",
+        default=argparse.SUPPRESS,
+        help="key for the proxy in front of the server (default: API_KEY in the environment, or none)",
+    )
     add("--init-timeout-s", type=float, default=30, help="seconds to wait for the model to be ready")
     add(
         "--class-name",
@@ -311,7 +321,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--concurrency", type=int, default=4, help="how many photos to keep in flight")
     add("--verbose", action="store_true", help="log what Triton's client does")
-    options = parser.parse_args(arguments, argparse.Namespace(image_paths=[str(SAMPLE_PHOTO)]))
+    defaults = argparse.Namespace(image_paths=[str(SAMPLE_PHOTO)], api_key=os.environ.get("API_KEY", ""))
+    options = parser.parse_args(arguments, defaults)
     if options.concurrency < 1:
         parser.error(f"argument --concurrency: must be at least 1, not {options.concurrency}")
     if options.skip_existing and not target_files(0, options):
@@ -336,7 +347,7 @@ def send_all(options: argparse.Namespace) -> tuple[int, int]:
         jobs = missing
         if not jobs:
             return 0, 0
-    connection = Connection(options.url, verbose=options.verbose)
+    connection = Connection(options.url, verbose=options.verbose, api_key=options.api_key)
     connection.wait_for_model(options.init_timeout_s)
 
     failures = []

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-# The proxy: Debian's nginx, the one that is tested, with Debian's security fixes as of the build. To update it, choose the
+# The proxy: Debian's nginx and njs, those that are tested, with Debian's security fixes as of the build. To update it, choose the
 # newest 12 of the base image's tags, and build with --no-cache.
 FROM debian:12.14-slim
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends nginx \
+    && apt-get install --yes --no-install-recommends nginx libnginx-mod-http-js \
     && rm -rf /var/lib/apt/lists/*
-COPY nginx.conf servers.conf /etc/proxy/
+COPY nginx.conf infer.js api_keys.conf servers.conf /etc/proxy/
 USER www-data
 EXPOSE 8080 8081
 # Finish the requests in flight.

@@ -2,6 +2,7 @@
 """The proxy as it is shipped, in front of the servers of a test, and what it takes to attack it, all on loopback."""
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -17,15 +18,27 @@ import grpc
 import psutil
 import pytest
 from conftest import MODEL_NAME, ROOT, Server, wait_for
+from tritonclient.grpc import service_pb2
 
 from client import Connection
 from serving.launch import free_ports
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-NEEDS_NGINX = pytest.mark.skipif(not NGINX, reason="needs nginx: apt install nginx")
+NEEDS_NGINX = pytest.mark.skipif(
+    not NGINX or not Path("/usr/lib/nginx/modules/ngx_http_js_module.so").exists(),
+    reason="needs nginx: apt install nginx libnginx-mod-http-js",
+)
 # Attacks come from another address than the client that must not notice them.
 ATTACKER = "127.0.0.2"
 SERVICE = "/inference.GRPCInferenceService"
+KEY = "6fa04a" + 29 * "5c"
+OPEN = "default anyone;\n"  # in api_keys.conf
+# The toy's contract in infer.js.
+TOY = {
+    "'ResNet101'": "'Toy'",
+    "['original', 'segmented', 'mask', 'encoded']": "['inverted', 'mean']",
+    "class_name: 'text', threshold: 'number', format: 'text', quality:": "hold: 'text', sleep_s: 'number', add:",
+}
 
 
 def adapt(configuration: str, replacements: Mapping[str, str]) -> str:
@@ -36,11 +49,26 @@ def adapt(configuration: str, replacements: Mapping[str, str]) -> str:
     return configuration
 
 
-class Proxy:
-    """nginx with deploy/nginx.conf, where only addresses and the model's name are replaced."""
+def image_files() -> dict[str, Path]:
+    """Return what proxy.Dockerfile copies to /etc/proxy, by name."""
+    (copied,) = re.findall(r"^COPY (.*) /etc/proxy/$", (ROOT / "deploy/proxy.Dockerfile").read_text(), re.MULTILINE)
+    return {name: ROOT / "deploy" / name for name in copied.split()}
 
-    def __init__(self, servers: Sequence[Server], certificate: Path | None = None, api_key: str = ""):
-        """``certificate`` is a PEM file with its key; then the proxy has TLS ports, too."""
+
+class Proxy:
+    """nginx with the files that are deployed, where only addresses, keys and the model's contract are replaced."""
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        certificate: Path | None = None,
+        api_keys: str = OPEN,
+        files: Mapping[str, Path] | None = None,
+    ):
+        """``certificate`` is a PEM file with its key; then the proxy has TLS ports, too. ``api_keys`` are lines to add.
+
+        ``files`` are those in /etc/proxy, by default the ones of the image.
+        """
         self.http_port, self.grpc_port, self.https_port = free_ports()
         (self.grpcs_port,) = free_ports(1)
         self._servers = servers
@@ -59,9 +87,15 @@ class Proxy:
                 "/etc/tls/tls.crt": str(certificate),
                 "/etc/tls/tls.key": str(certificate),
             }
-        (self.folder / "nginx.conf").write_text(adapt((ROOT / "deploy/nginx.conf").read_text(), replacements))
-        if api_key:
-            (self.folder / "api_keys.conf").write_text(f'default 403;\n"~^Bearer {api_key}$" "";\n')
+        self._texts = {name: path.read_text() for name, path in (files or image_files()).items()}
+        for name, text in self._texts.items():
+            if name == "nginx.conf":
+                text = adapt(text, replacements)
+            if name == "infer.js" and servers[0].model_name == "Toy":
+                text = adapt(text, TOY)
+            if name == "api_keys.conf":
+                text += api_keys
+            (self.folder / name).write_text(text)
         self._write_servers(())
         self.log = self.folder / "log"
         with self.log.open("a") as log:
@@ -94,12 +128,11 @@ class Proxy:
                 for server in self._servers
             )
 
-        (self.folder / "servers.conf").write_text(
-            adapt(
-                (ROOT / "deploy/servers.conf").read_text(),
-                {"server 127.0.0.1:8000;": lines("http_port"), "server 127.0.0.1:8001;": lines("grpc_port")},
-            )
-        )
+        text = self._texts["servers.conf"]
+        for port, port_name in (("8000", "http_port"), ("8001", "grpc_port")):
+            text, count = re.subn(rf"server \S+:{port};", lines(port_name), text)
+            assert count == 1
+        (self.folder / "servers.conf").write_text(text)
 
     def grpc_statuses(self) -> list[str]:
         """Return the gRPC statuses of the attacker's calls, from the log: clients get them behind an answer."""
@@ -182,9 +215,11 @@ def refusal(port: int, method: str, path: str, *headers: str, body: bytes = b"")
     """Send a request as it is, and return the status and the sentence with which it is refused."""
     with connected(port) as connection:
         send(connection, request_head(method, path, *headers) + body)
-        head, answer = receive(connection).split(b"\r\n\r\n", 1)
-    assert b"Content-Type: application/json" in head
-    return int(head.split()[1]), json.loads(answer)["error"]
+        # Until the answer is complete: nginx waits for a body that does not come before it closes the connection.
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.headers["Content-Type"] == "application/json"
+        return answer.status, json.loads(answer.read())["error"]
 
 
 def grpc_status(port: int, method: str, message: bytes = b"", **options: object) -> grpc.StatusCode:
@@ -196,6 +231,34 @@ def grpc_status(port: int, method: str, message: bytes = b"", **options: object)
         except grpc.RpcError as error:
             return error.code()
     return grpc.StatusCode.OK
+
+
+def infer_refusal(port: int, json_part: bytes, photo: bytes = b"") -> tuple[int, str]:
+    """Send JSON and a photo behind it to the toy, and return the status and the sentence of the refusal."""
+    lengths = f"Inference-Header-Content-Length: {len(json_part)}", f"Content-Length: {len(json_part) + len(photo)}"
+    return refusal(port, "POST", "/v2/models/Toy/infer", *lengths, body=json_part + photo)
+
+
+def grpc_refusal(port: int, message: bytes) -> tuple[grpc.StatusCode, str]:
+    """Send a message to the toy over gRPC, and return the status and the sentence with which it is refused."""
+    sizes = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(f"127.0.0.1:{port}", sizes) as channel, pytest.raises(grpc.RpcError) as error:
+        channel.unary_unary(f"{SERVICE}/ModelInfer")(message, timeout=60)
+    return error.value.code(), error.value.details()
+
+
+def described(photo: bytes) -> dict:
+    """Return what Triton's client says over HTTP about a photo for the toy."""
+    size = len(photo)
+    image = {"name": "image", "datatype": "UINT8", "shape": [1, size], "parameters": {"binary_data_size": size}}
+    return {"inputs": [image], "parameters": {"binary_data_output": True}}
+
+
+def infer_message(photo: bytes) -> service_pb2.ModelInferRequest:
+    """Return what Triton's client says over gRPC to send a photo to the toy."""
+    request = service_pb2.ModelInferRequest(model_name="Toy", raw_input_contents=[photo])
+    request.inputs.add(name="image", datatype="UINT8", shape=[1, len(photo)])
+    return request
 
 
 DATA, HEADERS, RST_STREAM, SETTINGS, GOAWAY = 0, 1, 3, 4, 7

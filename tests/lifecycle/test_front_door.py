@@ -3,10 +3,15 @@
 
 import gzip
 import http.client
+import http.server
+import json
+import re
 import ssl
+import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -14,16 +19,22 @@ import pytest
 import tritonclient.grpc
 from conftest import PHOTO, PROTOCOLS, Server, decode, encode, running_together, start_toy
 from front_door import (
+    KEY,
     NEEDS_NGINX,
     SERVICE,
     Proxy,
     access_token,
+    described,
+    grpc_refusal,
     grpc_status,
+    infer_message,
+    infer_refusal,
     make_certificate,
     refusal,
     status,
 )
 from PIL import Image
+from tritonclient.grpc import service_pb2
 
 INFER, RAW = "/v2/models/Toy/infer", "Inference-Header-Content-Length: 0"
 SENTENCES = {
@@ -114,7 +125,7 @@ def test_chunks_and_compressed_bodies_are_refused(proxy):
     ("headers", "expected"),
     [
         ((RAW, "Content-Length: 52000000"), 413),
-        (("Content-Length: 1000001",), 413),  # all of it JSON
+        (("Content-Length: 1000001",), 400),  # all of it JSON
         (("Inference-Header-Content-Length: 20000", "Content-Length: 30000"), 413),
         (("Inference-Header-Content-Length: 18446744073709551616", "Content-Length: 9"), 413),
         (("Inference-Header-Content-Length: -1", "Content-Length: 9"), 400),
@@ -168,6 +179,274 @@ def test_administration_is_out_of_reach_even_with_the_token(proxy, server):
             assert code is grpc.StatusCode.UNIMPLEMENTED
 
 
+def changed(request: dict, place: str, value: object) -> dict:
+    """Return a request with another value at a place such as ``inputs.0.name``."""
+    *path, last = [int(step) if step.isdigit() else step for step in place.split(".")]
+    target = request
+    for step in path:
+        target = target[step]
+    target[last] = value
+    return request
+
+
+SIZE = len(PHOTO)
+IMAGE, BINARY = "the input must be image, UINT8, \\[1, N\\]", "ask for binary data"
+
+
+@NEEDS_NGINX
+@pytest.mark.parametrize(
+    ("place", "value", "sentence"),
+    [
+        # Triton would allocate what the shape says.
+        ("inputs.0.shape", [1, 40_000_000_000], IMAGE),
+        ("inputs.0.shape", [1, 2**64 + SIZE], IMAGE),
+        ("inputs.0.shape", [2**32, 2**32], IMAGE),
+        ("inputs.0.shape", [1, -SIZE], IMAGE),
+        ("inputs.0.shape", [1, str(SIZE)], IMAGE),
+        ("inputs.0.shape", [1, None], IMAGE),
+        ("inputs.0.shape", [True, SIZE], IMAGE),
+        ("inputs.0.shape", [1, SIZE, 1], IMAGE),
+        ("inputs.0.shape", [SIZE], IMAGE),
+        ("inputs.0.shape", {"0": 1, "1": SIZE, "length": 2}, IMAGE),
+        ("inputs.0.name", "mean", IMAGE),
+        ("inputs.0.datatype", "FP64", IMAGE),
+        ("inputs.0.parameters.binary_data_size", SIZE - 1, IMAGE),
+        ("inputs.0.parameters.binary_data_size", 2**64, IMAGE),
+        (
+            "inputs.0.parameters.shared_memory_region",
+            "x",
+            "parameters of the input may have binary_data_size",
+        ),
+        ("inputs.0.parameters", [], "parameters of the input must be an object"),
+        ("inputs.0.data", [1], "the input may have name, datatype, shape, parameters, and nothing"),
+        ("inputs.0", None, "the input must be an object"),
+        ("inputs", [], "inputs must have one element"),
+        ("inputs", 2 * described(PHOTO)["inputs"], "inputs must have one element"),
+        ("inputs", {"0": {}}, "inputs must have one element"),
+        # Answers would become JSON, which takes many times their size.
+        ("parameters", {}, BINARY),
+        ("parameters.binary_data_output", False, BINARY),
+        ("parameters.binary_data_output", 1, "must be true or false"),
+        ("outputs", [{"name": "inverted", "parameters": {}}], BINARY),
+        ("outputs", [{"name": "inverted", "parameters": {"binary_data": False}}], BINARY),
+        ("outputs", [{"name": "mean", "parameters": {"binary_data": True, "classification": 9}}], "and nothing else"),
+        (
+            "outputs",
+            [{"name": "mean", "parameters": {"binary_data": True, "shared_memory_region": "x"}}],
+            "and nothing",
+        ),
+        ("outputs", [{"name": "mean", "data": [1]}], "and nothing else"),
+        ("outputs", [{"name": "mean"}, {"name": "mean"}], "the output mean is named twice"),
+        ("outputs", [{"name": "secret"}], "unknown output, not one of inverted, mean"),
+        ("outputs", [{"name": ["mean"]}], "unknown output"),
+        ("outputs", {}, "outputs must be a list"),
+        # Names, types and sizes of parameters
+        (
+            "parameters.secret",
+            1,
+            "parameters may have binary_data_output, hold, sleep_s, add, timeout",
+        ),
+        ("parameters.priority", 1, "and nothing else"),
+        ("parameters.__proto__", {"secret": 1}, "and nothing else"),
+        ("parameters.constructor", 1, "and nothing else"),
+        ("parameters", [["add", 1]], "parameters must be an object"),
+        ("parameters.add", "1", "add must be a number"),
+        ("parameters.add", None, "add must be a number"),
+        ("parameters.hold", 1, "hold must be text"),
+        ("parameters.hold", "x" * 257, "hold must be text"),
+        ("parameters.hold", "x\0", "hold must be text"),
+        ("parameters.hold", "\N{SNOWMAN}", "hold must be text"),
+        ("parameters.hold", "\ud800", "hold must be text"),
+        ("parameters.timeout", -1, "timeout must be a whole number"),
+        ("parameters.timeout", 0.5, "timeout must be a whole number"),
+        ("parameters.timeout", 2**63, "timeout must be a whole number"),
+        ("parameters.timeout", "1", "timeout must be a whole number"),
+        ("id", "x" * 129, "id may have"),
+        ("id", "secret\n", "id may have"),
+        ("id", 7, "id may have"),
+        ("secret", 1, "the request may have id, inputs, outputs, parameters, and nothing else"),
+    ],
+)
+def test_json_that_says_anything_else_than_a_photo_needs_is_refused(proxy, place, value, sentence):
+    request = changed(described(PHOTO), place, value)
+    status, said = infer_refusal(proxy.http_port, json.dumps(request).encode(), PHOTO)
+    assert status == 400
+    assert re.search(sentence, said)
+    assert "secret" not in said
+
+
+GOOD_JSON = json.dumps(described(PHOTO)).encode()
+
+
+@NEEDS_NGINX
+@pytest.mark.parametrize(
+    ("text", "photo"),
+    [
+        # Row 1 of the attacks: 83 bytes that ended the server.
+        (b'{"inputs":[{"name":"image","datatype":"UINT8","shape":[1,40000000000],"data":[1]}]}', b""),
+        (b'{"inputs":[{"name":"image","datatype":"UINT8","shape":[1,40000000000],"data":[1]}]}', PHOTO),
+        (GOOD_JSON, b""),
+        (GOOD_JSON, PHOTO[1:]),
+        (GOOD_JSON, PHOTO + b"x"),
+        (b"[" * 16_000, PHOTO),
+        (b'{"inputs":' * 1_600, PHOTO),
+        (GOOD_JSON + b"x", PHOTO),
+        (GOOD_JSON + b"\0", PHOTO),
+        (GOOD_JSON[:-1], PHOTO),
+        (GOOD_JSON.replace(b"true", b"True"), PHOTO),
+        (GOOD_JSON.replace(b"true", b'true, "add": NaN'), PHOTO),
+        (GOOD_JSON.replace(b"true", b'true, "add": 1e999'), PHOTO),
+        (GOOD_JSON.replace(b"true", b'true, "add": 0x1'), PHOTO),
+        (GOOD_JSON.replace(b"true", b'true, "hold": "\xff"'), PHOTO),
+        (GOOD_JSON.replace(b"image", b"image\0"), PHOTO),
+        (GOOD_JSON.replace(b"image", b"\xc0\xa9mage"), PHOTO),
+        (b"\xef\xbb\xbf" + GOOD_JSON, PHOTO),
+        (b"null", PHOTO),
+        (b"[]", PHOTO),
+        (b"1", PHOTO),
+        (b" ", PHOTO),
+    ],
+)
+def test_json_that_is_malformed_or_does_not_fit_the_photo_is_refused(proxy, text, photo):
+    status, said = infer_refusal(proxy.http_port, text, photo)
+    assert status == 400
+    assert said.isascii()
+
+
+@NEEDS_NGINX
+def test_triton_gets_json_that_the_proxy_wrote():
+    """Of two members with the same name, different parsers take different ones: Triton sees one only."""
+    received = []
+
+    class Recorder(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            received.append((self.headers, self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+    text = GOOD_JSON.replace(b'"shape": [', b'"shape": [1, 40000000000], "shape": [1.0e0, 0.').replace(
+        b"0.1, %d]" % SIZE, b"%d.0]" % SIZE
+    )
+    text = text.replace(b"true", b'false, "\\u0061dd": 0.1, "binary_data_output": true')
+    with http.server.HTTPServer(("127.0.0.1", 0), Recorder) as recorder:
+        thread = threading.Thread(target=recorder.handle_request)
+        thread.start()
+        behind = SimpleNamespace(http_port=recorder.server_port, grpc_port=recorder.server_port, model_name="Toy")
+        with Proxy([behind]) as proxy:
+            lengths = f"Inference-Header-Content-Length: {len(text)}", f"Content-Length: {len(text) + SIZE}"
+            assert status(proxy.http_port, "POST", INFER, *lengths, "X: y", body=text + PHOTO) == 200
+        thread.join()
+    ((headers, body),) = received
+    clean = described(PHOTO)
+    clean["parameters"]["add"] = 0.1
+    written, photo = body[: len(text)], body[len(text) :]
+    assert json.loads(written) == clean
+    assert written.count(b"shape") == written.count(b"binary_data_output") == 1
+    assert photo == PHOTO
+    assert set(headers) == {"Host", "Content-Length", "Inference-Header-Content-Length"}
+
+
+@NEEDS_NGINX
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_everything_that_tritons_client_says_about_a_photo_passes(proxy, protocol):
+    connection = proxy.connect(protocol)
+    outputs = [connection._triton.InferRequestedOutput(name) for name in ("mean", "inverted")]
+    for parameters in ({}, {"add": 1}, {"add": 1, "sleep_s": 1e-05}, {"add": 1.0}):
+        for options in ({}, {"outputs": outputs}, {"request_id": "a-1.b:2_c", "timeout": 10_000_000}):
+            image = connection.image_input(PHOTO)
+            result = connection.client.infer("Toy", [image], parameters=parameters, **options)
+            assert (result.as_numpy("inverted")[0] == 255 - decode(PHOTO) - np.uint8(parameters.get("add", 0))).all()
+            assert result.as_numpy("mean").shape == (1, 3)
+
+
+@NEEDS_NGINX
+def test_a_body_that_is_empty_is_refused(proxy):
+    sentence = "the photo is missing: its bytes follow what describes the request"
+    assert refusal(proxy.http_port, "POST", INFER, RAW, "Content-Length: 0") == (400, sentence)
+    assert infer_refusal(proxy.http_port, json.dumps(described(b"")).encode()) == (400, sentence)
+    assert grpc_refusal(proxy.grpc_port, b"")[0] is grpc.StatusCode.INVALID_ARGUMENT
+    message = infer_message(b"").SerializeToString()
+    assert grpc_refusal(proxy.grpc_port, message) == (grpc.StatusCode.INVALID_ARGUMENT, sentence)
+
+
+def message_with(**fields: object) -> bytes:
+    """Return a message for the toy with other values of fields, or more elements if they are repeated."""
+    request = infer_message(PHOTO)
+    request.MergeFrom(service_pb2.ModelInferRequest(**fields))
+    return request.SerializeToString()
+
+
+Request, Parameter = service_pb2.ModelInferRequest, service_pb2.InferParameter
+TWICE, IN_FRONT = "the message has a field twice", "too long in front of the photo"
+ENTRY = b'"\x09\n\x03add\x12\x02\x10\x01'
+MESSAGE = infer_message(PHOTO).SerializeToString()
+
+
+@NEEDS_NGINX
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        # Fields that cost tritonserver many times what they have on the wire
+        (b"\x2a\0" * 5_000_000, TWICE),
+        (b"\x32\0" * 5_000_000, "unknown output"),
+        (b"\x3a\0" * 5_000_000, "the photo is missing"),
+        (MESSAGE + b"\x3a\0" * 5_000_000, "raw_input_contents must be one photo"),
+        (b"\x22\0" * 5_000_000, IN_FRONT),
+        (b"\x0a\0" * 5_000_000, TWICE),
+        (b"\x08\0" * 5_000_000, "not known here"),
+        (b"\x0b\x0c" * 5_000_000, "not known here"),
+        (message_with(parameters={str(n): Parameter(bool_param=True) for n in range(1_000_000)}), "unknown parameter"),
+        (message_with(parameters={"add": Parameter(int64_param=1)}).replace(ENTRY, 2 * ENTRY), "add is named twice"),
+        # The input
+        (message_with(inputs=infer_message(PHOTO).inputs), TWICE),
+        (Request(model_name="Toy", raw_input_contents=[PHOTO]).SerializeToString(), IMAGE),
+        (MESSAGE.replace(b"UINT8", b"BYTES"), IMAGE),
+        (MESSAGE.replace(b"image", b"imag\0"), IMAGE),
+        (MESSAGE[:-1], "send one message|raw_input_contents"),
+        (MESSAGE + b"x", "raw_input_contents must be one photo"),
+        (message_with(raw_input_contents=[PHOTO]), "raw_input_contents must be one photo"),
+        # The outputs
+        (message_with(outputs=[{"name": "secret"}]), "unknown output, not one of inverted, mean"),
+        (message_with(outputs=[{"name": "mean"}, {"name": "mean"}]), "the output mean is named twice"),
+        (
+            message_with(outputs=[{"name": "mean", "parameters": {"classification": Parameter(int64_param=9)}}]),
+            "unknown output|nothing else",
+        ),
+        # Parameters
+        (message_with(parameters={"secret": Parameter(int64_param=1)}), "unknown parameter, not one of hold"),
+        (message_with(parameters={"__proto__": Parameter(int64_param=1)}), "unknown parameter"),
+        (message_with(parameters={"add": Parameter(string_param="1")}), "add must be a number"),
+        (message_with(parameters={"add": Parameter(bool_param=True)}), "add must be a number"),
+        (message_with(parameters={"add": Parameter()}), "malformed"),
+        (message_with(parameters={"hold": Parameter(int64_param=1)}), "hold must be text"),
+        (message_with(parameters={"hold": Parameter(double_param=1)}), "hold must be text"),
+        (message_with(parameters={"hold": Parameter(string_param="x" * 257)}), "hold must be text"),
+        (
+            message_with(parameters={"hold": Parameter(string_param="secret")}).replace(b"secret", b"\xff" * 6),
+            "hold must",
+        ),
+        (message_with(parameters={"hold": Parameter(string_param="\N{SNOWMAN}")}), "hold must be text"),
+        (message_with(parameters={"timeout": Parameter(int64_param=-1)}), "timeout must be a whole number"),
+        (message_with(parameters={"timeout": Parameter(int64_param=2**62)}), "timeout must be a whole number"),
+        # The rest
+        (message_with(model_name="secret"), "the model must be Toy"),
+        (message_with(model_version="1"), "not known here"),
+        (message_with(id="x" * 129), "id may have"),
+        (message_with(id="secret\n"), "id may have"),
+        (MESSAGE + MESSAGE, "raw_input_contents must be one photo"),
+        (bytes(10_000_000), "not known here"),
+        (b"\xff" * 10_000_000, "not known here|malformed"),
+        (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", "malformed"),
+    ],
+)
+def test_a_message_that_says_anything_else_than_a_photo_needs_is_refused(proxy, message, sentence):
+    code, said = grpc_refusal(proxy.grpc_port, message)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert re.search(sentence, said), said
+    assert said.isascii()
+    assert "secret" not in said
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_certificate(tmp_path_factory.mktemp("tls"))
@@ -182,13 +461,13 @@ def test_tls_and_the_api_key(server, certificate):
         connection.request(method, path, body, headers)
         return connection.getresponse().status
 
-    with Proxy([server], certificate, api_key="6fa04a") as locked:
+    with Proxy([server], certificate, api_keys=f"{KEY} alice;\n") as locked:
         assert ask("GET", "/v2/models/Toy/ready") == 200  # health needs no key
         infer = partial(ask, "POST", INFER, PHOTO, **{"Inference-Header-Content-Length": "0"})
         for request in (partial(ask, "GET", "/v2/models/Toy"), infer):
             assert request() == 403
-            assert request(Authorization="Bearer 6FA04A") == 403
-            assert request(Authorization="Bearer 6fa04a") == 200
+            assert request(Authorization=f"Bearer {KEY.upper()}") == 403
+            assert request(Authorization=f"Bearer {KEY}") == 200
 
         with tritonclient.grpc.InferenceServerClient(
             f"localhost:{locked.grpcs_port}", ssl=True, root_certificates=str(certificate)
@@ -198,5 +477,5 @@ def test_tls_and_the_api_key(server, certificate):
             for refused in (client.get_model_metadata, partial(client.infer, inputs=[image])):
                 with pytest.raises(Exception, match="send a valid API key"):
                     refused("Toy")
-            result = client.infer("Toy", [image], headers={"authorization": "Bearer 6fa04a"})
+            result = client.infer("Toy", [image], headers={"authorization": f"Bearer {KEY}"})
             assert (result.as_numpy("inverted")[0] == 255 - decode(PHOTO)).all()

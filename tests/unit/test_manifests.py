@@ -2,14 +2,21 @@
 """The manifests fit Kubernetes' own schemas, the server and the proxy. Clients reach the proxy only."""
 
 import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import MODEL_NAME, ROOT
+from conftest import MODEL_NAME, PHOTO, PROTOCOLS, ROOT
+from front_door import KEY, NEEDS_NGINX, NGINX, Proxy, image_files
 
 import server
+from client import Connection, InferenceError
 from photo import max_photo_bytes
+from serving.launch import free_ports
 from serving.memory import SHM_BYTES_PER_BYTE, SHM_BYTES_PER_INSTANCE
 from serving.options import MOST_DEFAULT_INSTANCES
 from serving.triton import _configure
@@ -99,19 +106,15 @@ def test_the_network_policy_shows_the_metrics_to_prometheus_only():
     assert {"Ingress", "Egress"} == set(policy["policyTypes"])
 
 
-def test_a_pod_is_ready_if_clients_are_answered_and_has_the_time_to_stop():
-    server_container, proxy = containers()
-    assert proxy["readinessProbe"]["httpGet"] == {"path": f"/v2/models/{MODEL_NAME}/ready", "port": "http"}
+def test_a_pod_has_the_time_to_stop():
+    server_container, _ = containers()
     options = options_of(server_container["args"][-1])
     pause = int(server_container["lifecycle"]["preStop"]["exec"]["command"][-1])
     assert pod()["terminationGracePeriodSeconds"] >= pause + options.drain_s + 8
 
 
-def test_the_pods_get_the_configuration_of_the_proxy_and_enough_shared_memory():
-    (generator,) = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())["configMapGenerator"]
-    assert generator["files"] == ["nginx.conf", "servers.conf"]
+def test_the_pods_have_enough_shared_memory():
     volumes = {volume["name"]: volume for volume in pod()["volumes"]}
-    assert volumes["proxy"]["configMap"]["name"] == generator["name"]
     assert int(volumes["shm"]["emptyDir"]["sizeLimit"].removesuffix("Gi")) << 30 >= SHM_BYTES
 
 
@@ -129,7 +132,7 @@ def test_in_compose_only_the_proxy_can_be_reached():
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
-        assert service["restart"] == "on-failure"
+        assert service["restart"].startswith("on-failure")
         assert "container_name" not in service  # --scale
 
 
@@ -140,3 +143,93 @@ def test_the_two_lists_of_servers_differ_in_their_addresses_only():
         for text in (alone.replace("127.0.0.1:", "server:"), compose)
     ]
     assert directives[0] == directives[1]
+
+
+def compose_files() -> dict[str, Path]:
+    """Return what is in the proxy's /etc/proxy with Compose: the image's files, some of them replaced."""
+    volumes = [volume.split(":") for volume in COMPOSE["services"]["proxy"]["volumes"]]
+    return image_files() | {Path(there).name: DEPLOY / here for here, there, _ in volumes}
+
+
+def pod_files() -> dict[str, Path]:
+    """Return what is in the proxy's /etc/proxy in a pod, where the volume hides the image's files."""
+    kustomization = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())
+    (volume,) = (volume for volume in pod()["volumes"] if volume["name"] == "proxy")
+    files = {}
+    for kind in ("configMap", "secret"):
+        (generator,) = kustomization[f"{kind}Generator"]
+        assert {kind: {"name": generator["name"]}} in volume["projected"]["sources"]
+        files |= {name: DEPLOY / name for name in generator["files"]}
+    return files
+
+
+DEPLOYMENTS = {"image": image_files, "Compose": compose_files, "pod": pod_files}
+
+
+@NEEDS_NGINX
+@pytest.mark.parametrize("deployment", DEPLOYMENTS)
+def test_what_is_deployed_asks_for_a_key_that_one_command_adds(deployment, tmp_path):
+    files = DEPLOYMENTS[deployment]()
+    deploy = tmp_path / "deploy"
+    deploy.mkdir()
+    keys = Path(shutil.copy(files["api_keys.conf"], deploy))
+    (command,) = (line.strip("# ") for line in keys.read_text().splitlines() if "openssl" in line)
+    key = subprocess.check_output(["bash", "-c", command], cwd=tmp_path, text=True).strip()
+    http_port, grpc_port, _ = free_ports()
+    nobody = SimpleNamespace(http_port=http_port, grpc_port=grpc_port, model_name=MODEL_NAME)
+
+    def answers(proxy: Proxy, api_key: str) -> set[str]:
+        said = set()
+        for protocol in PROTOCOLS:
+            connection = Connection(proxy.url(protocol), api_key=api_key)
+            with pytest.raises(InferenceError) as error:
+                connection.infer(PHOTO)
+            said.add(str(error.value))
+        return said
+
+    refused, let_in = "send a valid API key", "no server can be reached"
+    for added, expected in ((files["api_keys.conf"], refused), (keys, let_in)):
+        with Proxy([nobody], api_keys="", files=files | {"api_keys.conf": added}) as proxy:
+            for api_key in ("", KEY):
+                assert all(refused in said for said in answers(proxy, api_key))
+            assert all(expected in said for said in answers(proxy, key))
+
+
+@NEEDS_NGINX
+@pytest.mark.parametrize("missing", image_files())
+def test_the_proxy_does_not_start_if_one_of_its_files_is_missing(missing, tmp_path):
+    for name, path in image_files().items():
+        if name != missing:
+            shutil.copy(path, tmp_path)
+    command = [NGINX, "-t", "-p", tmp_path, "-c", tmp_path / "nginx.conf"]
+    assert missing in subprocess.run(command, check=False, capture_output=True, text=True).stderr
+    shutil.copy(DEPLOY / missing, tmp_path)
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def test_the_proxy_knows_the_contract():
+    code = (DEPLOY / "infer.js").read_text()
+    assert f"MODEL = '{server.MODEL_NAME}'" in code
+    assert f"OUTPUTS = {[tensor.name for tensor in server.OUTPUTS]}" in code
+    (line,) = (line for line in code.splitlines() if line.startswith("const PARAMETERS"))
+    assert [word.split(":")[0] for word in line.split("{")[1].split(", ")] == [*server.PARAMETERS, "timeout"]
+
+
+def test_the_memory_of_each_container_is_limited_and_leaves_room_for_shared_memory():
+    for kind, limits in (
+        ("Compose", [COMPOSE["services"][name]["mem_limit"] for name in ("server", "proxy")]),
+        ("pod", [container["resources"]["limits"]["memory"] for container in containers()]),
+    ):
+        server_gb, proxy_gb = (int(limit.lower().rstrip("gib")) for limit in limits)
+        assert server_gb << 30 >= SHM_BYTES + (8 << 30), kind
+        assert proxy_gb > 4, kind  # for the bodies
+
+
+def test_health_checks_ask_for_the_model():
+    server_container, proxy = containers()
+    path = f"/v2/models/{MODEL_NAME}/ready"
+    assert proxy["readinessProbe"]["httpGet"] == {"path": path, "port": "http"}
+    for probe in ("startupProbe", "livenessProbe"):
+        assert path in server_container[probe]["exec"]["command"][-1]
+    for dockerfile in (ROOT / "Dockerfile", DEPLOY / "proxy.Dockerfile"):
+        assert path in dockerfile.read_text().split("HEALTHCHECK")[1]
