@@ -5,7 +5,7 @@ File formats leave room for disagreement: which of two EXIF blocks counts, where
 an animation has. If the parsers of a decoder disagree about a photo, one allocates memory for its pixels, and another
 writes beyond it, or leaves a part of it unwritten, with the pixels of an earlier photo. So this package reads the file
 once, and writes a new one that holds a single still image. Metadata, previews, further pictures, and whatever is not
-understood here never reach a decoder. Nothing is decompressed here.
+understood here never reach a decoder.
 
 The orientation is that of the first EXIF block, as in most viewers. The new file does not contain it: Preprocess turns
 the pixels.

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Batcher:
         is logged with a description of its request. ``weigh`` returns the weight of a job, 1 for the largest possible
         one; large jobs of more than ``max_batch_weight`` together do not share a batch.
         """
-        self._channels = channels
+        self._channels = deque(channels)
         self._waiting = channels[0].waiting
         self._read = read
         self._runner = runner
@@ -96,10 +97,10 @@ class Batcher:
         with exit_on_error():
             while True:
                 self._waiting.acquire()
-                for channel in self._channels:
-                    if (request := channel.take()) is not None:
-                        self._read_request(channel, *request)
-                        break
+                while (request := self._channels[0].take()) is None:
+                    self._channels.rotate(-1)
+                self._read_request(self._channels[0], *request)
+                self._channels.rotate(-1)  # the others come first now
 
     def _read_request(self, channel: Channel, arrays: Mapping[str, np.ndarray], message: object) -> None:
         try:

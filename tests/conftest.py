@@ -269,6 +269,11 @@ def with_chunk(png: bytes, kind: bytes, data: bytes, count: int = 1) -> bytes:
     return png[:33] + count * chunk + png[33:]
 
 
+def with_wrong_checksum(png: bytes) -> bytes:
+    """Return the PNG with another checksum of its last part of pixels: only the decoder notices."""
+    return png[:-16] + bytes(4) + png[-12:]
+
+
 def with_segments(jpeg: bytes, marker: int, contents: Iterable[bytes]) -> bytes:
     """Return the JPEG with segments in front of all others."""
     segments = [bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data for data in contents]

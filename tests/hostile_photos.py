@@ -214,6 +214,11 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
+def ihdr(width: int, height: int, depth: int = 8, color_type: int = 2, interlaced: bool = False) -> bytes:
+    """Return the header of a PNG."""
+    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, interlaced))
+
+
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
@@ -235,7 +240,7 @@ def any_png(dice: random.Random) -> bytes:
             data += b"".join(b"\0" + np.packbits(row.reshape(-1).astype(np.uint8)).tobytes() for row in bits)
     compressed = zlib.compress(data, dice.choice((0, 1, 9)))
     cut = dice.randint(0, len(compressed))
-    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, interlaced))]
+    parts = [ihdr(width, height, depth, color_type, interlaced)]
     if color_type == 3 or (color_type in (2, 6) and dice.random() < 0.2):
         parts.append(chunk(b"PLTE", dice.randbytes(3 * (1 << depth if color_type == 3 else 9))))
     if color_type in (0, 2, 3) and dice.random() < 0.3:

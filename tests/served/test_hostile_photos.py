@@ -3,6 +3,7 @@
 
 import hashlib
 import re
+import threading
 import time
 import zlib
 from collections import Counter
@@ -11,9 +12,9 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from conftest import PHOTO, decode, encode, sample, with_chunk, with_segments
+from conftest import PHOTO, decode, encode, sample, with_chunk, with_segments, with_wrong_checksum
 from fuzzing import Canaries, send_hostile_photos
-from hostile_photos import FORMATS, riff, split
+from hostile_photos import FORMATS, chunk, ihdr, riff, split
 
 from client import InferenceError
 
@@ -57,7 +58,7 @@ WITH_ESCAPES = {
     "PNG": with_chunk(with_chunk(PNG, b"iCCP", ESCAPES + b"\0\0" + zlib.compress(bytes(100))), b"tEXt", ESCAPES, 4000),
     "WebP": riff((WEBP_CHUNK[:4], WEBP_CHUNK[8:]), (b"ICCP", ESCAPES), (b"XMP ", ESCAPES)),
     "BMP": BMP + ESCAPES,
-    "damaged PNG": PNG[:-20] + b"damage" + PNG[-14:],
+    "damaged PNG": with_wrong_checksum(PNG),
 }
 
 
@@ -76,7 +77,11 @@ def test_a_photo_does_not_write_lines_into_the_log(server, http_connection, kind
         assert kind == "damaged PNG"
 
 
+# One row of one pixel, and zeros behind it.
+BOMB = zlib.compress(b"\0abc" + bytes(1 << 29), 1)
+
 SLOW = {
+    "a PNG whose pixels inflate to 0.5 GB": PNG[:8] + ihdr(1, 1) + chunk(b"IDAT", BOMB) + chunk(b"IEND", b""),
     "a JPEG with 19,900 comments": with_segments(JPEG, 0xFE, [bytes(2000)] * 19_900),
     "a JPEG with 700 EXIF blocks": with_segments(
         JPEG, 0xE1, [b"Exif\0\0MM\0*\0\0\0\x08\x15\x50" + bytes(65_000)] * 700
@@ -105,3 +110,27 @@ def test_a_photo_that_takes_long_to_read_does_not_hold_up_another(server, kind):
         while not slow.done():
             waited.append(seconds())
     assert max(waited) < usual + 0.5
+
+
+def test_clients_that_are_rejected_again_and_again_do_not_keep_others_from_being_answered(server):
+    rejected, over = with_segments(JPEG, 0xFE, [b""] * 20_001), threading.Event()
+
+    def send() -> int:
+        connection, count = server.connect("grpc"), 0
+        while not over.is_set():
+            with pytest.raises(InferenceError, match="more than 20000 segments"):
+                connection.infer(rejected, ("original",))
+            count += 1
+        return count
+
+    connection = server.connect("grpc")
+    with ThreadPoolExecutor(4) as pool:
+        senders = [pool.submit(send) for _ in range(4)]
+        waited = []
+        for _ in range(20):
+            began = time.monotonic()
+            connection.infer(PHOTO, ("original",))
+            waited.append(time.monotonic() - began)
+        over.set()
+        assert min(sender.result() for sender in senders) > 1
+    assert max(waited) < 1.5

@@ -5,7 +5,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import MODEL_NAME, PHOTO, ROOT, SAMPLES, Server, decode, encode, psnr, running_server, sample, wait_for
+from conftest import (
+    MODEL_NAME,
+    PHOTO,
+    ROOT,
+    SAMPLES,
+    Server,
+    decode,
+    encode,
+    psnr,
+    running_server,
+    sample,
+    wait_for,
+    with_wrong_checksum,
+)
 from gpu import NEEDS_GPU
 
 from client import InferenceError
@@ -42,7 +55,7 @@ def test_the_queue_has_the_documented_limits(server):
 
 def test_a_bad_photo_costs_the_others_in_its_batch_nothing(server):
     png, connection = encode(sample("cat"), "PNG"), server.connect("grpc")
-    bad = png[:20_000] + b"damage" + png[20_006:]
+    bad = with_wrong_checksum(png)
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(connection.infer, photo, (), {"class_name": "cat"}) for photo in (CAT, bad) * 3]
         for good, refused in zip(answers[::2], answers[1::2], strict=True):

@@ -6,11 +6,13 @@ import io
 import itertools
 import random
 import struct
+import zlib
 
 import numpy as np
 import pytest
 from conftest import PHOTO, as_photo, decode, encode, sample, with_chunk, with_segments
 from hostile_photos import (
+    ADAM7,
     ENCODERS,
     FORMATS,
     JFIF,
@@ -19,6 +21,7 @@ from hostile_photos import (
     chunk,
     exif_block,
     hostile_photo,
+    ihdr,
     riff,
     segment,
     split,
@@ -176,6 +179,39 @@ def test_what_is_not_supported_is_rejected_with_a_sentence_that_says_so(kind):
         as_photo(data)
     assert expected in str(error.value)
     assert str(error.value).startswith("the photo")
+
+
+def as_pixels(data: bytes) -> np.ndarray:
+    return decode(as_photo(data).encoded.tobytes())
+
+
+def test_what_some_encoders_write_is_accepted():
+    dice = random.Random(0)
+    restarts = blocks_jpeg((64, 64), [(1, 1)], dice, interval=3)
+    surplus = restarts[:-2] + bytes([0xFF, 0xD0 + (64 + 2) // 3 % 8 - 1, 0xFF, 0xD9])
+    np.testing.assert_array_equal(as_pixels(surplus), decode(restarts))
+    separate = blocks_jpeg((64, 64), [(1, 1)] * 3, dice, interleaved=False)
+    table, scan = segment(0xDB, b"\0" + 64 * b"\x10"), separate.rindex(b"\xff\xda")
+    np.testing.assert_array_equal(as_pixels(separate[:scan] + table + separate[scan:]), decode(separate))
+    # libjpeg's progressive CMYK has 18 scans.
+    large = io.BytesIO()
+    Image.new("CMYK", (5000, 5000)).save(large, "JPEG", progressive=True)
+    assert as_photo(large.getvalue()).width == 5000
+
+
+@pytest.mark.parametrize("surplus", [-300, -1, 0, 1, 100_000])
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_a_png_has_as_many_pixels_as_its_size(surplus, interlaced):
+    size = range(10)
+    passes = [(size[y::down], size[x::right]) for x, y, right, down in (ADAM7 if interlaced else ((0, 0, 1, 1),))]
+    raw = sum(len(rows) * (1 + 3 * len(columns)) for rows, columns in passes if columns)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(raw + surplus)))
+    data = PNG[:8] + ihdr(10, 10, interlaced=interlaced) + pixels + PNG[-12:]
+    if surplus == 0:
+        assert not as_pixels(data).any()
+    else:
+        with pytest.raises(InvalidPhoto, match="pixels are missing" if surplus < 0 else "more pixels than its size"):
+            as_photo(data)
 
 
 @pytest.mark.parametrize("transform", [None, 0, 2])
