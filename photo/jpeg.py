@@ -40,6 +40,7 @@ PREFIX = re.compile(rb"\xff+")  # of a marker; all but one byte are fill
 WINDOW = 1 << 18  # bytes of a scan to search at a time: they stay in the CPU's cache
 RESTARTS = np.resize(np.arange(RST0, RST0 + 8, dtype=np.uint8), WINDOW + 8)  # restart markers count up
 BLOCK = 8  # pixels
+MIN_SIDE = 16  # pixels, for nvJPEG: below that, everything is an edge
 DC, AC = 0, 1  # classes of Huffman tables
 
 BASELINE_ADVICE = "save it as a baseline JPEG"
@@ -283,9 +284,9 @@ class JpegReader:
             window = data[position : position + WINDOW + 1]
             is_marker = (window[:-1] == 0xFF).view(np.uint8)
             np.minimum(is_marker, window[1:], out=is_marker)  # a zero marks an 0xFF as data
-            if not is_marker.any():  # which is faster than nonzero
+            if not is_marker.max():  # which is faster than nonzero
                 continue
-            (places,) = is_marker.nonzero()
+            (places,) = is_marker.view(bool).nonzero()
             (others,) = (window[places + 1] != RESTARTS[seen % 8 :][: len(places)]).nonzero()
             count = int(others[0]) if len(others) else len(places)
             seen += count
@@ -326,9 +327,9 @@ class JpegReader:
     def suits_nvjpeg(self) -> bool:
         """Return whether nvJPEG gives the pixels that libjpeg gives (12.4, on an H200).
 
-        It takes RGB for YCbCr, and damages some photos with restart markers.
+        It takes RGB for YCbCr, damages some photos with restart markers, and has other colors at the edges.
         """
-        return self.is_gray_or_ycbcr() and not self.has_restarts
+        return self.is_gray_or_ycbcr() and not self.has_restarts and min(self.width, self.height) >= MIN_SIDE
 
     def describe_colors(self) -> bytes:
         """Return the segment that says what the components mean, by the rules of libjpeg, and so of Pillow.

@@ -382,11 +382,10 @@ def split(data: bytes, file_format: str) -> list[bytes]:
     return [data[begin:end] for begin, end in zip([0, *ends], [*ends, len(data)], strict=True)]
 
 
-def damage(parts: list[bytes], file_format: str, dice: random.Random) -> bool:
-    """Damage one of the parts, or their order. Return whether the pixels are whole."""
+def damage(parts: list[bytes], file_format: str, dice: random.Random) -> None:
+    """Damage one of the parts, or their order."""
     at = min(dice.randrange(len(parts)) or dice.randrange(len(parts)), len(parts) - 1)  # rarely the signature
     how = dice.choice(("drop", "repeat", "swap", "cut", "flip", "flip", "number", "splice", "insert"))
-    whole = True
     if how == "drop":
         del parts[at]
     elif how == "repeat":
@@ -396,7 +395,6 @@ def damage(parts: list[bytes], file_format: str, dice: random.Random) -> bool:
         parts[at], parts[other] = parts[other], parts[at]
     elif how == "cut":
         parts[at] = parts[at][: dice.randrange(len(parts[at]) + 1)]
-        whole = False
     elif how in ("flip", "number") and parts[at]:
         part = bytearray(parts[at])
         place = dice.randrange(min(len(part), dice.choice((12, 40, len(part)))))
@@ -405,14 +403,11 @@ def damage(parts: list[bytes], file_format: str, dice: random.Random) -> bool:
         else:
             part[place] = dice.choice((0, 1, 0x7F, 0x80, 0xD0, 0xD9, 0xFF))
         parts[at] = bytes(part)
-        whole = False
     elif how == "splice":
         others = split(ENCODERS[file_format](dice), file_format)
         parts[at] = dice.choice(others)
-        whole = False
     elif how == "insert":
         parts.insert(at, dice.choice((dice.randbytes(dice.randint(1, 30)), *METADATA[file_format])))
-    return whole
 
 
 METADATA = {
@@ -501,10 +496,10 @@ def hostile_photo(number: int) -> Sample:
     if dice.random() < 0.5:
         data, orientation = add_exif(data, file_format, dice)
     if dice.random() < 0.6:
-        parts, orientation = split(data, file_format), 0
+        parts, orientation, whole = split(data, file_format), 0, False
         for _ in range(dice.randint(1, 3)):
             if parts:
-                whole &= damage(parts, file_format, dice)
+                damage(parts, file_format, dice)
         data = b"".join(parts)
         if dice.random() < 0.8:
             data = repair(data, file_format)

@@ -10,9 +10,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
-import numpy as np
 import pytest
-from conftest import PHOTO, decode, encode, sample, with_chunk, with_segments, with_wrong_checksum
+from conftest import PHOTO, decode, encode, psnr, sample, with_chunk, with_segments, with_wrong_checksum
 from fuzzing import Canaries, send_hostile_photos
 from hostile_photos import FORMATS, chunk, ihdr, riff, split
 
@@ -66,7 +65,7 @@ WITH_ESCAPES = {
 def test_a_photo_does_not_write_lines_into_the_log(server, http_connection, kind):
     photo, before = WITH_ESCAPES[kind], len(server.log.read_bytes())
     try:
-        np.testing.assert_array_equal(http_connection.infer(photo, ("original",))["original"][0], decode(photo))
+        assert psnr(http_connection.infer(photo, ("original",))["original"][0], decode(photo)) > 40
         lines = server.log.read_bytes()[before:].decode().splitlines()
         assert lines == []
     except InferenceError:

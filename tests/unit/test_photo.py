@@ -238,6 +238,7 @@ def test_only_what_nvjpeg_decodes_like_others_is_sent_to_it():
         "RGB by its numbers": blocks_jpeg((64, 64), three, dice, colors=b"", ids=b"RGB"),
         "CMYK": blocks_jpeg((64, 64), [(1, 1)] * 4, dice, colors=adobe),
         "restart markers": blocks_jpeg((64, 64), three, dice, interval=2),
+        "only edges": blocks_jpeg((64, 15), three, dice),
         "PNG": PNG,
         "WebP": WEBP,
         "BMP": any_bmp(random.Random(1)),
