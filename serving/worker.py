@@ -188,9 +188,7 @@ class _Worker:
             self.process.join()
             code = self.process.exitcode
             how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
-            printed = self._printed.read()
-            what = f', and a library printed "{printed}"' if printed else ""
-            raise ServerError(f"a worker exited during startup ({how}){what}") from None
+            raise ServerError(f"a worker exited during startup ({how})") from None
         if isinstance(report, Exception):
             raise report
         return report
@@ -239,7 +237,6 @@ def _run(
     parent: int, printed: Printed, build: Callable[[], tuple[Batcher, _Ready]], status: connection.Connection
 ) -> None:
     """Entry point of the worker process."""
-    printed.redirect()
     # Ctrl-C in a terminal reaches this process, too. It has requests to finish; the server ends it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -254,6 +251,7 @@ def _run(
             reason = str(error).strip().splitlines()[0]
             raise ServerError(f"a worker failed to start: {reason}; --verbose shows where") from error
         status.send(report)
+        printed.redirect()  # from here on, what is printed may come from a client
         batcher.run()
     except ServerError as error:
         status.send(error)
@@ -311,8 +309,6 @@ def _build(
 
     LOGGER.removeHandler(warnings)
     messages = tuple(record.getMessage() for record in warnings.buffer)
-    if text := printed.read():
-        LOGGER.warning('while a worker started, a library printed "%s"', text)
 
     # On a CPU, a batch takes as long as its jobs one after another, so that large ones need not share one.
     max_batch_weight = 1 if device_type == "cpu" else math.inf

@@ -17,7 +17,7 @@ from hostile_photos import FORMATS, chunk, ihdr, riff, split
 
 from client import InferenceError
 
-COUNT, CLIENTS = 600, 4
+COUNT, CLIENTS = 400, 4
 PICTURE = sample("cat", (120, 80))
 JPEG, PNG, WEBP, BMP = (encode(PICTURE, name) for name in ("JPEG", "PNG", "WEBP", "BMP"))
 WEBP_CHUNK = split(WEBP, "WEBP")[1]
