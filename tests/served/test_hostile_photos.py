@@ -76,11 +76,13 @@ def test_a_photo_does_not_write_lines_into_the_log(server, http_connection, kind
         assert kind == "damaged PNG"
 
 
-# One row of one pixel, and zeros behind it.
-BOMB = zlib.compress(b"\0abc" + bytes(1 << 29), 1)
+# One row of one pixel, and zeros behind it, compressed a part at a time.
+stream = zlib.compressobj()
+BOMB = stream.compress(b"\0abc") + stream.flush(zlib.Z_FULL_FLUSH)
+BOMB += 128 * (stream.compress(bytes(1 << 24)) + stream.flush(zlib.Z_FULL_FLUSH))
 
 SLOW = {
-    "a PNG whose pixels inflate to 0.5 GB": PNG[:8] + ihdr(1, 1) + chunk(b"IDAT", BOMB) + chunk(b"IEND", b""),
+    "a PNG whose pixels inflate to 2 GB": PNG[:8] + ihdr(1, 1) + chunk(b"IDAT", BOMB) + chunk(b"IEND", b""),
     "a JPEG with 19,900 comments": with_segments(JPEG, 0xFE, [bytes(2000)] * 19_900),
     "a JPEG with 700 EXIF blocks": with_segments(
         JPEG, 0xE1, [b"Exif\0\0MM\0*\0\0\0\x08\x15\x50" + bytes(65_000)] * 700

@@ -31,9 +31,17 @@ PHOTO = {"image": as_array(b"photo")}
 class Forked:
     """A batcher in its own process, as the server has it."""
 
-    def __init__(self, runner, channel_count: int, max_batch_size: int, explain=lambda error: error, **options):
+    def __init__(
+        self,
+        runner,
+        channel_count: int,
+        max_batch_size: int,
+        explain=lambda error: error,
+        read=lambda *job: job,
+        **options,
+    ):
         self.channels = open_channels(channel_count, 1000, 1000)
-        batcher = Batcher(self.channels, lambda *job: job, runner, explain, Printed(), max_batch_size, **options)
+        batcher = Batcher(self.channels, read, runner, explain, Printed(), max_batch_size, **options)
         self.process = FORK.Process(target=batcher.run, daemon=True)
         self.process.start()
 
@@ -400,3 +408,27 @@ def test_a_small_job_is_part_of_the_next_batch_and_large_ones_do_not_share_one()
             go_on.release()
         assert [answer.result(10) for answer in pending] == [{}] * 5
     assert memory[1:4] == [11, 13, 11]
+
+
+def test_requests_that_are_rejected_again_and_again_do_not_keep_others_from_being_read():
+    over = threading.Event()
+
+    def read(*job):
+        if job[-1] == "bad":
+            time.sleep(0.02)
+            raise InvalidRequest("bad")
+        return job
+
+    def send(channel) -> None:
+        while not over.is_set():
+            with pytest.raises(InvalidRequest):
+                channel.call(PHOTO, "bad")
+
+    with Forked(lambda jobs: [{}] * len(jobs), 4, 4, read=read) as forked, ThreadPoolExecutor(4) as pool:
+        try:
+            senders = [pool.submit(send, channel) for channel in forked.channels[:3]]
+            for _ in range(5):
+                assert pool.submit(forked.channels[3].call, PHOTO, "good").result(timeout=2) == {}
+        finally:
+            over.set()
+        assert [sender.result() for sender in senders] == [None] * 3
