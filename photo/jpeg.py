@@ -294,13 +294,14 @@ class JpegReader:
             if seen > restarts + 1:
                 break
             if len(others):
-                end = position + int(places[count])
-                surplus = 2 if seen == restarts + 1 and last == end - 2 else 0
-                if seen > restarts + (surplus > 0) or seen < restarts:
+                end = data_end = position + int(places[count])
+                if seen == restarts + 1 and last == end - 2:
+                    data_end, seen = last, restarts
+                if seen != restarts:
                     break
-                if end - surplus == start:
+                if data_end == start:
                     raise truncated("a scan without data")
-                return end - surplus, end
+                return data_end, end
         else:
             raise truncated("no end-of-image marker")
         raise damaged("restart markers that are missing or not in order")

@@ -29,15 +29,8 @@ END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 BIT_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by color type
 PALETTE = 3  # the color type that needs one
 CHANNELS = {0: 1, 2: 3, PALETTE: 1, 4: 2, 6: 4}
-ADAM7 = (
-    (0, 0, 8, 8),
-    (4, 0, 8, 8),
-    (0, 4, 4, 8),
-    (2, 0, 4, 4),
-    (0, 2, 2, 4),
-    (1, 0, 2, 2),
-    (0, 1, 1, 2),
-)  # x, y, steps
+# The passes of an interlaced image: the first column and row, and the steps to the next ones.
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 ANIMATION_CHUNKS = (b"acTL", b"fcTL", b"fdAT")
 STEP = 1 << 16  # bytes to inflate at a time
 ANCILLARY = 0x20  # the bit of a chunk's name that says that the image can be shown without it
@@ -98,9 +91,8 @@ def _read_header(body: memoryview, max_pixels: int) -> tuple[int, int, int, int]
     for x, y, x_step, y_step in ADAM7 if interlace else ((0, 0, 1, 1),):
         columns, rows = ceil((width - x) / x_step), ceil((height - y) / y_step)
         if columns > 0 and rows > 0:
-            raw_bytes += rows * (
-                1 + ceil(columns * depth * CHANNELS[color_type] / 8)
-            )  # each row starts with its filter
+            # Each row starts with the number of its filter.
+            raw_bytes += rows * (1 + ceil(columns * depth * CHANNELS[color_type] / 8))
     return width, height, color_type, raw_bytes
 
 

@@ -127,7 +127,7 @@ class Batcher:
 
     def _compute(self, batch: Sequence[_Entry]) -> None:
         try:
-            answers = self._runner([entry.job for entry in batch]) if batch else []
+            answers = self._runner([entry.job for entry in batch])
         except Exception as error:
             if len(batch) > 1:
                 self._printed.read()  # the job at fault prints it again

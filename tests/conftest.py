@@ -7,16 +7,15 @@ import mmap
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import hostile_photos
 import numpy as np
 import psutil
 import pytest
@@ -30,6 +29,8 @@ from client import Connection, InferenceError  # noqa: E402
 from photo import Photo, read_photo  # noqa: E402
 from serving.launch import DIRECT, LaunchedServer  # noqa: E402
 from serving.memory import AnswerMemory  # noqa: E402
+
+encode = hostile_photos.encode
 
 # A shell makes what it starts with "&" ignore SIGINT. If that is pytest, what it starts would ignore Ctrl-C, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -241,19 +242,16 @@ def run_python(
     )
 
 
-def encode(image: Image.Image, kind: str, **options: object) -> bytes:
-    """Return the image as the bytes of a file."""
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return the image in RGB. Pillow's own conversion clips 16 bits instead of scaling them."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def decode(encoded: bytes) -> np.ndarray:
     """Decode with Pillow, upright, uint8 ``[H, W, 3]``: the reference for ``original``."""
-    image = Image.open(io.BytesIO(encoded))
-    if image.mode == "I;16":  # Pillow's own conversion clips instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    return np.asarray(as_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))))
 
 
 def decode_cut_out(encoded: bytes) -> tuple[np.ndarray, np.ndarray, str]:
@@ -265,8 +263,7 @@ def decode_cut_out(encoded: bytes) -> tuple[np.ndarray, np.ndarray, str]:
 
 def with_chunk(png: bytes, kind: bytes, data: bytes, count: int = 1) -> bytes:
     """Return the PNG with a chunk behind its first, the header."""
-    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return png[:33] + count * chunk + png[33:]
+    return png[:33] + count * hostile_photos.chunk(kind, data) + png[33:]
 
 
 def with_wrong_checksum(png: bytes) -> bytes:
@@ -276,8 +273,7 @@ def with_wrong_checksum(png: bytes) -> bytes:
 
 def with_segments(jpeg: bytes, marker: int, contents: Iterable[bytes]) -> bytes:
     """Return the JPEG with segments in front of all others."""
-    segments = [bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data for data in contents]
-    return b"".join([jpeg[:2], *segments, jpeg[2:]])
+    return b"".join([jpeg[:2], *(hostile_photos.segment(marker, data) for data in contents), jpeg[2:]])
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from conftest import PROTOCOLS, ROOT, Server, decode_cut_out
-from hostile_photos import Sample, encode, hostile_photo
+from conftest import PROTOCOLS, ROOT, Server, as_rgb, decode_cut_out, encode
+from hostile_photos import Sample, hostile_photo
 from PIL import ExifTags, Image, ImageOps
 
 from client import Connection, InferenceError
@@ -54,9 +54,7 @@ def expected_pixels(photo: Sample) -> list[np.ndarray]:
         image.load()
     except Exception:  # Pillow raises whatever the damage makes it stumble over
         return []
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = Image.fromarray(np.asarray(image.convert("RGB")))  # without metadata
+    image = Image.fromarray(np.asarray(as_rgb(image)))  # without metadata
     expected = []
     for orientation in [photo.orientation] if photo.orientation else range(1, 9):
         image.getexif()[ExifTags.Base.Orientation] = orientation
