@@ -11,7 +11,7 @@ BIN := .venv/bin
 
 run: .venv/run
 	@echo "Starting the server, which takes about 15 seconds. The first start may download 233 MB of weights."
-	@$(BIN)/python -m serving.launch server.py -- client.py --init-timeout-s 600 --dump-images --output-dir $(OUTPUT)
+	@$(BIN)/python -m tools.launch server.py -- client.py --init-timeout-s 600 --dump-images --output-dir $(OUTPUT)
 	@echo
 	@echo "The server cut the person out of images/orig.jpg. The pictures:"
 	@echo "    $(OUTPUT)/orig0.jpg  the photo as the server decoded it"

@@ -12,8 +12,7 @@ import torch
 from nvidia import nvimgcodec
 from PIL import Image
 
-from serving.errors import InferenceFailed, InvalidRequest
-from serving.stages import Deferred
+from serving import Deferred, InferenceFailed, InvalidRequest
 
 DEFAULT_QUALITY = {"jpeg": 95, "png": 100, "webp": 80}  # PNG is lossless at any quality
 MAX_SIDE = {"jpeg": 65_500, "png": 1_000_000, "webp": 16_383}  # in pixels; limits of the libraries or the formats
@@ -24,8 +23,8 @@ WEBP_LIMITS = ("encoding error 6", "encoding error 7")
 
 
 @dataclass(frozen=True)
-class ImageFile:
-    """An image file that a request asks for."""
+class ImageEncoding:
+    """How to encode an image file."""
 
     format: str  # a key of DEFAULT_QUALITY
     quality: int  # 1 to 100
@@ -48,35 +47,35 @@ class Encode:
         self._encoder = _open_encoder(device)
 
     @staticmethod
-    def read_parameters(parameters: Mapping[str, object]) -> ImageFile:
-        """Return the file that the parameters of a request ask for, a JPEG by default. Raises InvalidRequest."""
+    def read_parameters(parameters: Mapping[str, object]) -> ImageEncoding:
+        """Return the encoding that the parameters of a request set, JPEG by default. Raises InvalidRequest."""
         name = parameters.get("format", "jpeg")
         if name not in DEFAULT_QUALITY:
             raise InvalidRequest(f"format must be one of {', '.join(DEFAULT_QUALITY)}, not {shorten(name)}")
         quality = parameters.get("quality", DEFAULT_QUALITY[name])
         if type(quality) not in (int, float) or not 1 <= quality <= 100 or quality != int(quality):
             raise InvalidRequest(f"quality must be a whole number between 1 and 100, not {shorten(quality)}")
-        return ImageFile(name, int(quality))
+        return ImageEncoding(name, int(quality))
 
     def __call__(
-        self, cut_outs: Sequence, masks: Sequence, files: Sequence[ImageFile | None]
+        self, cut_outs: Sequence, masks: Sequence, encodings: Sequence[ImageEncoding | None]
     ) -> list[np.ndarray | Deferred | None]:
-        """Return the files that are wanted, uint8 ``[N]``: JPEGs at once, the others deferred.
+        """Return a file for each encoding, uint8 ``[N]``: JPEGs are encoded now, the others deferred.
 
         ``cut_outs`` are uint8 ``[H, W, 3]`` and ``masks`` uint8 ``[H, W]``, on the device. JPEGs have the black
         background of the cut-out. In the other formats, the mask becomes the alpha channel. Raises InferenceFailed.
         """
-        encoded: list[np.ndarray | Deferred | None] = [None] * len(files)
+        encoded: list[np.ndarray | Deferred | None] = [None] * len(encodings)
         jpegs: dict[int, list[int]] = {}  # their places in the batch, by quality
-        for index, file in enumerate(files):
-            if file is None:
+        for index, encoding in enumerate(encodings):
+            if encoding is None:
                 continue
-            if file.format == "jpeg":
-                jpegs.setdefault(file.quality, []).append(index)
+            if encoding.format == "jpeg":
+                jpegs.setdefault(encoding.quality, []).append(index)
             else:
                 cut_out, mask = torch.from_dlpack(cut_outs[index]), torch.from_dlpack(masks[index])
                 pixels = torch.cat([cut_out, mask[..., None]], dim=2)
-                encode = _encode_png if file.format == "png" else functools.partial(_encode_webp, file.quality)
+                encode = _encode_png if encoding.format == "png" else functools.partial(_encode_webp, encoding.quality)
                 encoded[index] = Deferred(encode, pixels)
         for quality, indices in jpegs.items():
             data = self._encode_jpegs([cut_outs[index] for index in indices], quality)

@@ -4,7 +4,7 @@
     python server.py [--help]
 
 Read it from top to bottom: the contract, the three stages, the command line, and how the model is bound and served.
-What any server needs in production, such as worker processes, batching, shared memory and signals, is in serving/.
+What any server needs in production, such as processes, batching, shared memory and signals, is in serving/.
 """
 
 import argparse
@@ -14,19 +14,25 @@ from reprlib import repr as shorten
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
+from pytriton.model_config import ModelConfig, Tensor
 from pytriton.proxy.types import Request
 
 from photo import InvalidPhoto, Photo, blank_photo, max_photo_bytes, read_photo
-from serving.errors import InferenceFailed, InvalidRequest, UsageError
-from serving.lifecycle import Lifecycle
-from serving.options import add_serving_options, configure_logging, make_parser, number
-from serving.stages import Stages
-from serving.triton import Triton
-from serving.worker import Workers
+from serving import (
+    Checked,
+    InferenceFailed,
+    InvalidRequest,
+    Server,
+    Stages,
+    UsageError,
+    add_serving_options,
+    make_parser,
+    number,
+)
 
 if TYPE_CHECKING:
-    from encoders import ImageFile
+    from encoders import ImageEncoding
+
 
 # torch, torchvision and DALI take seconds to import. They are imported where they are used, in the worker process, so
 # that a mistake on the command line is answered at once.
@@ -48,11 +54,6 @@ DEFAULT_OUTPUTS = ("original", "segmented")
 PARAMETERS = ("class_name", "threshold", "format", "quality")
 
 
-def answer_bytes(pixels: int) -> int:
-    """Return the maximum size of an answer in bytes for a photo of so many pixels: enough for the default outputs."""
-    return 2 * 3 * pixels
-
-
 @dataclass(frozen=True)
 class Job:
     """What a request asks for."""
@@ -61,14 +62,27 @@ class Job:
     classes: Sequence[int]
     threshold: float
     outputs: Sequence[str]
-    file: "ImageFile"  # what the output "encoded" is
+    encoding: "ImageEncoding"  # of the output "encoded"
 
 
 class Segmentation(Stages):
     """The stages: DALI preprocesses, the network infers, DALI postprocesses, and image files are encoded."""
 
+    size_option = "max_pixels"
+
+    @classmethod
+    def limits(cls, options: argparse.Namespace) -> tuple[int, int]:
+        """Return the maximum size of a request and of a response, which has room for the default outputs, in bytes."""
+        return max_photo_bytes(options.max_pixels), 2 * 3 * options.max_pixels
+
+    @classmethod
+    def example(cls, options: argparse.Namespace) -> Request:
+        """Return a request with which the server warms up: a small photo, and all outputs."""
+        photo, outputs = blank_photo(options.max_pixels), [tensor.name for tensor in OUTPUTS]
+        return Request({"image": photo}, {"format": "jpeg"}, requested_output_names=outputs)
+
     def __init__(self, options: argparse.Namespace, device: str):
-        """Load the network onto a device, and warm up. Raises UsageError."""
+        """Load the network onto a device. Raises UsageError."""
         import torch
 
         from encoders import Encode
@@ -83,13 +97,9 @@ class Segmentation(Stages):
         self.postprocess = Postprocess(device, batch_size)
         self.encode = Encode(device)
         try:
-            classes = self.network.class_indices(options.class_name)
+            self.network.class_indices(options.class_name)
         except ValueError as error:
             raise UsageError(f"--class-name {error}") from None
-        # The first run of each stage chooses kernels and allocates memory.
-        job = Job(blank_photo(), classes, 0.5, [tensor.name for tensor in OUTPUTS], self.encode.read_parameters({}))
-        for size in {1, batch_size}:
-            self([job] * size)
 
     def read(self, request: Request) -> Job:
         """Check a request before it joins a batch. Raises InvalidRequest, whose message goes to the client."""
@@ -107,19 +117,19 @@ class Segmentation(Stages):
         threshold = parameters.get("threshold", self.options.threshold)
         if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
             raise InvalidRequest(f"threshold must be a number between 0 and 1, not {shorten(threshold)}")
-        file = self.encode.read_parameters(parameters)
+        encoding = self.encode.read_parameters(parameters)
         # To the server, a request that names no outputs looks like one that names them all.
         if len(outputs) == len(OUTPUTS) and not parameters.keys() & {"format", "quality"}:
             outputs = DEFAULT_OUTPUTS
         if "encoded" in outputs:
-            file.check_size(photo.width, photo.height)
-        return Job(photo, classes, threshold, outputs, file)
+            encoding.check_size(photo.width, photo.height)
+        return Job(photo, classes, threshold, outputs, encoding)
 
     def weigh(self, job: Job) -> float:
         """Return the share of the pixels that a photo can have."""
         return job.photo.width * job.photo.height / self.options.max_pixels
 
-    def __call__(self, jobs: Sequence[Job]) -> list[dict]:
+    def __call__(self, jobs: Sequence[Job]) -> list[dict | Checked]:
         """Return the outputs of each job, on the device, without a batch dimension. Raises InvalidRequest."""
         from torch.cuda import nvtx
 
@@ -127,24 +137,22 @@ class Segmentation(Stages):
 
         with nvtx.range("preprocess"):
             photos, images = self.preprocess([job.photo for job in jobs])
-        outputs = {"original": photos}
-        self.total = 0.0
-        if any(set(job.outputs) - {"original"} for job in jobs):
-            with nvtx.range("network"):
-                probability = add_classes(self.network(images), [job.classes for job in jobs])
-                self.total = probability.sum().to("cpu", non_blocking=True)  # not finite if a value is not
-            with nvtx.range("postprocess"):
-                cut_outs, masks = self.postprocess(photos, probability, [job.threshold for job in jobs])
-            with nvtx.range("encode"):
-                files = [job.file if "encoded" in job.outputs else None for job in jobs]
-                encoded = self.encode(cut_outs, masks, files)
-            outputs |= {"segmented": cut_outs, "mask": masks, "encoded": encoded}
-        return [{name: outputs[name][index] for name in job.outputs} for index, job in enumerate(jobs)]
-
-    def verify(self) -> None:
-        """Raise InferenceFailed if the network overflowed in the last call: the cut-out would be black."""
-        if not np.isfinite(float(self.total)):
-            raise InferenceFailed("the network's result is not finite: start the server with --precision fp32")
+        if all(set(job.outputs) == {"original"} for job in jobs):
+            return [{"original": photo} for photo in photos]
+        with nvtx.range("network"):
+            probability = add_classes(self.network(images), [job.classes for job in jobs])
+            finite = probability.isfinite().flatten(1).all(1).to("cpu", non_blocking=True)
+        with nvtx.range("postprocess"):
+            cut_outs, masks = self.postprocess(photos, probability, [job.threshold for job in jobs])
+        with nvtx.range("encode"):
+            encodings = [job.encoding if "encoded" in job.outputs else None for job in jobs]
+            encoded = self.encode(cut_outs, masks, encodings)
+        outputs = {"original": photos, "segmented": cut_outs, "mask": masks, "encoded": encoded}
+        error = InferenceFailed("the network's result is not finite: start the server with --precision fp32")
+        return [
+            Checked({name: outputs[name][index] for name in job.outputs}, finite[index], error)
+            for index, job in enumerate(jobs)
+        ]
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -167,32 +175,25 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="numeric precision; auto: fp16 on a GPU with tensor cores, bf16 on a CPU with AMX, fp32 otherwise",
     )
+    add("--max-pixels", type=number(int, 1), default=25_000_000, help="photos with more pixels are rejected")
     add_serving_options(parser)
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    """Start a worker per device, bind the model and serve it until a signal ends the server."""
-    options = parse_options()
-    configure_logging(options.verbose)
-    with Lifecycle(options.drain_s) as lifecycle:
-        triton = Triton(options, lifecycle)
-        with Workers(Segmentation, options, max_photo_bytes, answer_bytes, lifecycle) as workers:
-            triton.bind(
-                model_name=MODEL_NAME,
-                # A list: PyTriton calls each instance in its own thread. An instance hands the request to a worker
-                # process, which groups what is waiting into batches and calls Segmentation.
-                infer_func=workers.instances,
-                inputs=INPUTS,
-                outputs=OUTPUTS,
-                config=ModelConfig(
-                    # Photos differ in size, and a Triton batch is one dense array: each request has one photo, and
-                    # Triton's batcher only applies the limits of the queue.
-                    max_batch_size=1,
-                    batcher=DynamicBatcher(default_queue_policy=workers.queue_policy),
-                ),
-            )
-            triton.serve()
+    """Bind the model and serve it until a signal ends the server."""
+    with Server(Segmentation, parse_options()) as server:
+        server.bind(
+            model_name=MODEL_NAME,
+            # PyTriton calls each instance with one request at a time. An instance hands the request to a worker
+            # process, which groups queued requests into batches and calls Segmentation.
+            infer_func=server.instances,
+            inputs=INPUTS,
+            outputs=OUTPUTS,
+            # Photos differ in size, and a batch of Triton's is one dense array: each request has one photo.
+            config=ModelConfig(max_batch_size=1),
+        )
+        server.serve()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Measure the server, a plain one and PyTriton itself in one run.")
     parser.prog = "benchmark"
     add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
-    add("--device", type=device_names, default="auto", help="cpu, cuda, cuda:N, or auto: a GPU if there is one")
+    add(
+        "--device",
+        type=device_names,
+        default="auto",
+        help="as for server.py; the stages are measured on the first of several devices",
+    )
     add("--rows", nargs="+", metavar="NAME", choices=NAMES, help=f"what to measure, of {', '.join(NAMES)} (all)")
     add("--concurrency", type=number(int, 1), nargs="+", metavar="N", help="photos in flight (1 16 32, on a CPU 1 8)")
     add("--rounds", type=number(int, 1), help="how often each row is measured (2, on a CPU 1)")
@@ -62,12 +67,10 @@ def measure_all(options: argparse.Namespace) -> dict:
         device = resolve_device(devices[0])
     except UsageError as error:
         sys.exit(f"benchmark: {error}")
-    if len(devices) > 1:
-        sys.exit(f"benchmark: --device must be a single device, not {options.device}")
     options = argparse.Namespace(**{"rows": NAMES} | DEFAULTS[device.split(":")[0]] | vars(options))
     report = {"machine": describe(device), "rows": [], "stages": []}
     if cases := [case for case in CASES if case.name in options.rows]:
-        report["rows"] = measure_servers(cases, device, options)
+        report["rows"] = measure_servers(cases, device if len(devices) == 1 else ",".join(devices), options)
     if STAGES in options.rows:
         from benchmark.stages import measure_stages
 
@@ -101,8 +104,8 @@ def measure_servers(cases: Sequence[Case], device: str, options: argparse.Namesp
 def running_servers(names: Iterable[str], device: str, server_command: str) -> Iterator[dict]:
     """Start the servers side by side, and yield them as LaunchedServers when all are ready."""
     from server import MODEL_NAME
-    from serving.launch import LaunchedServer
     from serving.triton import MALLOC_ENVIRONMENT
+    from tools.launch import LaunchedServer
 
     commands = {"plain": ["-m", "benchmark.plain"], "ceiling": ["-m", "benchmark.ceiling"]}
     commands["server"] = shlex.split(server_command)

@@ -1,63 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server that does no work, to show what PyTriton itself can carry: it answers with ready-made images.
+"""A server whose stages do no work, to show what everything around them can carry: it returns ready-made images.
 
-    python -m benchmark.ceiling [--device cpu] [--http-port 8000]
+    python -m benchmark.ceiling [--device cpu] [--frontends 2] [--http-port 8000]
 
-It has the contract and the number of instances of server.py, and knows only the benchmark's photos.
+It has the contract of server.py, and knows only the benchmark's photos.
 """
 
 import numpy as np
 from PIL import Image
-from pytriton.model_config import DynamicBatcher, ModelConfig
+from pytriton.model_config import ModelConfig
+from pytriton.proxy.types import Request
 
 from benchmark.photos import ROOT, SIZES, encode, photos
 from server import INPUTS, MODEL_NAME, OUTPUTS
-from serving.device import resolve_device
-from serving.lifecycle import Lifecycle
-from serving.options import device_default, parse_serving_options
-from serving.triton import Triton
+from serving import Server, Stages, add_serving_options, make_parser
 
 
 def ready_made(size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Return all outputs for a photo of this width and height, with a batch dimension of 1."""
+    """Return all outputs for a photo of this width and height."""
     original, segmented = (Image.open(ROOT / "images" / name).resize(size) for name in ("orig.jpg", "segm.jpg"))
-    outputs = {
+    return {
         "original": np.asarray(original),
         "segmented": np.asarray(segmented),
         "mask": np.asarray(segmented.convert("L")),
         "encoded": np.frombuffer(encode(segmented, quality=95, subsampling=0), np.uint8),
     }
-    return {name: array[None] for name, array in outputs.items()}
 
 
-class Instance:
-    """Answers with its own images: if all instances shared them, they would stay in the processor's cache."""
+class Nothing(Stages):
+    """Stages that recognize a photo by its length."""
 
-    def __init__(self):
-        self._answers = {len(photo): ready_made(size) for photo, size in zip(photos(), SIZES, strict=True)}
+    @classmethod
+    def limits(cls, _options):
+        """Return the maximum size of a request and of a response, in bytes."""
+        return 1_000_000, 8 * max(width * height for width, height in SIZES)
 
-    def __call__(self, requests):
-        """Return the outputs that each request names. A photo is recognized by its length."""
-        return [
-            {name: self._answers[request["image"].size][name] for name in request.requested_output_names}
-            for request in requests
-        ]
+    @classmethod
+    def example(cls, _options):
+        """Return one of the photos, with all outputs."""
+        return Request({"image": np.frombuffer(photos()[0], np.uint8)}, {}, None, [tensor.name for tensor in OUTPUTS])
+
+    def __init__(self, _options, _device):
+        """Make the responses."""
+        self._outputs = {len(photo): ready_made(size) for photo, size in zip(photos(), SIZES, strict=True)}
+
+    def read(self, request):
+        """Return the outputs that the request names."""
+        outputs = self._outputs[len(request["image"])]
+        return {name: outputs[name] for name in request.requested_output_names}
+
+    def __call__(self, jobs):
+        """Return the outputs."""
+        return jobs
 
 
 def main() -> None:
     """Serve until a signal arrives."""
-    options = parse_serving_options("Answer with ready-made images.")
-    with Lifecycle(options.drain_s) as lifecycle:
-        triton = Triton(options, lifecycle)
-        instances = device_default(options, "instances", resolve_device(options.device).split(":")[0])
-        triton.bind(
-            model_name=MODEL_NAME,
-            infer_func=[Instance() for _ in range(instances)],
-            inputs=INPUTS,
-            outputs=OUTPUTS,
-            config=ModelConfig(max_batch_size=1, batcher=DynamicBatcher()),
-        )
-        triton.serve()
+    parser = make_parser("Return ready-made images.")
+    add_serving_options(parser)
+    with Server(Nothing, parser.parse_args()) as server:
+        config = ModelConfig(max_batch_size=1)
+        server.bind(model_name=MODEL_NAME, infer_func=server.instances, inputs=INPUTS, outputs=OUTPUTS, config=config)
+        server.serve()
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import psutil
 def cpu_seconds(pid: int) -> Counter[str]:
     """Return the CPU seconds that each kind of process of a server has used since its start.
 
-    ``pid`` is the process that was started, the main one. The others are its descendants: the workers, tritonserver,
-    its stubs, and the helpers of PyTriton and of Python's multiprocessing.
+    ``pid`` is the process that was started, the main one. The others are its descendants: the workers and frontends,
+    tritonserver, its stubs, and the helpers of PyTriton and of Python's multiprocessing.
     """
     main = psutil.Process(pid)
     seconds: Counter[str] = Counter()
@@ -23,10 +23,10 @@ def cpu_seconds(pid: int) -> Counter[str]:
 
 
 def kind(process: psutil.Process, main: psutil.Process) -> str:
-    """Return what a process of a server is: ``main``, ``worker``, ``tritonserver``, ``stubs`` or ``helpers``."""
+    """Return ``main``, ``worker``, ``frontend``, ``tritonserver``, ``stubs`` or ``helpers``."""
     if process == main:
         return "main"
-    if process.cmdline() == main.cmdline():  # workers are forked
-        return "worker"
     name = process.name()
-    return "tritonserver" if name == "tritonserver" else "stubs" if name.startswith("triton_python") else "helpers"
+    if name in ("worker", "frontend", "tritonserver"):
+        return name
+    return "stubs" if name.startswith("triton_python") else "helpers"

@@ -19,8 +19,8 @@ from benchmark.__main__ import running_servers
 from benchmark.cases import JPEG, Case
 from benchmark.load import measure, start_processes
 from benchmark.photos import ROOT
-from serving.launch import LaunchedServer, free_ports
 from serving.options import make_parser, number
+from tools.launch import LaunchedServer, free_ports
 
 RAW_OUTPUTS = ("original", "segmented")
 CASES = [

@@ -13,7 +13,7 @@ from benchmark.cases import Case
 from benchmark.cpu import cpu_seconds
 from benchmark.photos import photos
 from client import Connection, InferenceError
-from serving.launch import LaunchedServer
+from tools.launch import LaunchedServer
 
 START_TIMEOUT_S = 120  # for all processes together
 HEAD_START_S = 0.2  # until each process has its task

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plain server to compare with: one instance, fp32, one photo at a time.
+"""A plain server to compare with: PyTriton as in its own examples, one instance, fp32, one photo at a time.
 
     python -m benchmark.plain [--device cpu] [--http-port 8000]
 
@@ -9,40 +9,47 @@ These are the three stages as you would first write them. The contract is that o
 import numpy as np
 import torch
 from pytriton.model_config import ModelConfig
+from pytriton.triton import Triton, TritonConfig
 
 import server
 from model_inference import build_module, pretrained_weights
 from photo import read_photo
 from pipelines import Postprocess, Preprocess
 from server import INPUTS, MODEL_NAME, NETWORK, OUTPUTS
-from serving.device import resolve_device
-from serving.lifecycle import Lifecycle
-from serving.options import parse_serving_options
-from serving.triton import Triton
+from serving import add_serving_options, make_parser
+from serving.triton import prepare_environment
 from weights.loading import load_weights
 
 
 def main() -> None:
     """Serve until a signal arrives. Always cuts out people."""
-    options, defaults = parse_serving_options("Segment photos in the plain way."), server.parse_options([])
-    with Lifecycle(options.drain_s) as lifecycle:
-        triton = Triton(options, lifecycle)
-        device = torch.device(resolve_device(options.device))
-        preprocess, postprocess = Preprocess(device, defaults.input_size), Postprocess(device)
-        network = build_module(NETWORK, load_weights("demo", NETWORK)).to(device)
-        person = pretrained_weights(NETWORK).meta["categories"].index("person")
+    parser = make_parser("Segment photos in the plain way.")
+    add_serving_options(parser)
+    options, defaults = parser.parse_args(), server.parse_options([])
+    device = torch.device(options.device.split(",")[0])
+    preprocess, postprocess = Preprocess(device, defaults.input_size), Postprocess(device)
+    network = build_module(NETWORK, load_weights("demo", NETWORK)).to(device)
+    person = pretrained_weights(NETWORK).meta["categories"].index("person")
 
-        @torch.inference_mode()
-        def segment(requests):
-            photos, images = preprocess([read_photo(requests[0]["image"][0], defaults.max_pixels)])
-            probabilities = network(images)["out"].softmax(dim=1)
-            cut_outs, _masks = postprocess(photos, probabilities[:, person], [defaults.threshold])
-            outputs = {"original": photos, "segmented": cut_outs}
-            return [{name: np.asarray(batch.as_cpu()[0])[None] for name, batch in outputs.items()}]
+    @torch.inference_mode()
+    def segment(requests):
+        photos, images = preprocess([read_photo(requests[0]["image"][0], defaults.max_pixels)])
+        probabilities = network(images)["out"].softmax(dim=1)
+        cut_outs, _masks = postprocess(photos, probabilities[:, person], [defaults.threshold])
+        outputs = {"original": photos, "segmented": cut_outs}
+        return [{name: np.asarray(batch.as_cpu()[0])[None] for name, batch in outputs.items()}]
 
-        outputs = [tensor for tensor in OUTPUTS if tensor.name in ("original", "segmented")]
-        config = ModelConfig(max_batch_size=1)
-        triton.bind(model_name=MODEL_NAME, infer_func=segment, inputs=INPUTS, outputs=outputs, config=config)
+    outputs = [tensor for tensor in OUTPUTS if tensor.name in ("original", "segmented")]
+    prepare_environment()  # so that Triton finds the libpython of this interpreter
+    ports = {f"{name}_port": getattr(options, f"{name}_port") for name in ("http", "grpc", "metrics")}
+    with Triton(config=TritonConfig(**ports)) as triton:
+        triton.bind(
+            model_name=MODEL_NAME,
+            infer_func=segment,
+            inputs=INPUTS,
+            outputs=outputs,
+            config=ModelConfig(max_batch_size=1),
+        )
         triton.serve()
 
 

@@ -12,6 +12,7 @@ the pixels.
 """
 
 import io
+from math import isqrt
 
 import numpy as np
 from PIL import Image
@@ -34,11 +35,12 @@ def max_photo_bytes(max_pixels: int) -> int:
     return max_pixels * MAX_BYTES_PER_PIXEL + MAX_HEADER_BYTES
 
 
-def blank_photo(width: int = 640, height: int = 480) -> Photo:
-    """Return a photo to warm up with."""
+def blank_photo(max_pixels: int) -> np.ndarray:
+    """Return the bytes of a JPEG to warm up with, uint8 ``[N]``, which has at most a quarter of these pixels."""
+    side = max(1, isqrt(max_pixels // 4))
     stream = io.BytesIO()
-    Image.new("RGB", (width, height)).save(stream, "JPEG")
-    return read_photo(np.frombuffer(stream.getvalue(), np.uint8), width * height)
+    Image.new("RGB", (min(640, side), min(480, side))).save(stream, "JPEG")
+    return np.frombuffer(stream.getvalue(), np.uint8)
 
 
 def read_photo(encoded: np.ndarray, max_pixels: int) -> Photo:

@@ -6,15 +6,9 @@ torch takes seconds to import. It is imported only where a GPU may be involved.
 
 import ctypes
 import logging
-import os
-from collections.abc import Sequence
-from multiprocessing import Pipe
-from multiprocessing.process import BaseProcess
 
-from serving.channel import FORK
 from serving.errors import ServerError, UsageError
-
-KILL_TIMEOUT_S = 10
+from serving.processes import Child, kill_all
 
 CU_CTX_SCHED_BLOCKING_SYNC = 4  # from CUDA's cuda.h
 
@@ -26,32 +20,18 @@ def list_devices(choice: str, timeout_s: float) -> list[str]:
     if choice != "all":
         return choice.split(",")
     # In another process, because CUDA would not survive the fork of the workers, and a broken driver may crash or hang.
-    result, child_end = Pipe(duplex=False)
-    process = FORK.Process(target=lambda: child_end.send(_count_gpus()), daemon=True)
-    process.start()
-    child_end.close()
+    counter = Child("GPU counter", lambda pipe: pipe.send(_count_gpus()))
     try:
-        if not result.poll(timeout_s):
-            raise ServerError(f"--device all: the GPU driver did not answer within {timeout_s:g} s")
-        gpus = result.recv()
+        if not counter.pipe.poll(timeout_s):
+            raise ServerError(f"--device all: the GPU driver did not respond within {timeout_s:g} s")
+        gpus = counter.pipe.recv()
     except EOFError:
         gpus = 0
     finally:
-        kill_all([process], "the process that counts the GPUs")
+        kill_all([counter])
     if not gpus:
         raise UsageError("--device all: torch finds no CUDA device; run nvidia-smi to see the GPUs and the driver")
     return [f"cuda:{index}" for index in range(gpus)]
-
-
-def kill_all(processes: Sequence[BaseProcess], what: str) -> None:
-    """Kill processes and wait until they have ended. Exits if one does not; ``what`` says which, in the log."""
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.join(KILL_TIMEOUT_S)
-        if process.is_alive():
-            LOGGER.critical("cannot kill %s: the driver of its GPU is probably hung", what)
-            os._exit(1)  # Python's own exit would wait for it
 
 
 def resolve_device(choice: str) -> str:

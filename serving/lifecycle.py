@@ -3,23 +3,23 @@
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from serving.errors import InferenceFailed, ServerError
+from serving.errors import ServerError
+from serving.shared import share_bytes
+from serving.traffic import Traffic
 
 LOGGER = logging.getLogger("server")
 
-# The last answer still has to pass through PyTriton and Triton once the last request counts as done.
+# The last response still has to pass through PyTriton and Triton once the last request counts as done.
 QUIET_S = 1
 
-# What fail() sends to this process. A SIGTERM for all of the server's processes may end a helper before the main thread
+# What fail() sends to the server. A SIGTERM for all of the server's processes may end a helper before the main thread
 # has run its handler. Python runs the handlers of pending signals in the order of their numbers, and this one is high.
 FAILURE = signal.SIGRTMIN
 
@@ -33,17 +33,13 @@ class Lifecycle:
     def __init__(self, drain_s: float):
         """``drain_s`` is how long requests in flight may take once the server is told to stop, in seconds."""
         self._drain_s = drain_s
-        self._on_give_up: list[Callable[[], None]] = []
+        self._server = os.getpid()
+        self._reason = share_bytes(1000)
         self._exit_status = 0
-        self._reason = ""
         self._told_to_stop = False
         self._stopping = False
         self._deferred = False
         self._pending = False
-        self._refuse_from = math.inf
-        self._in_flight = 0
-        self._last_done = -math.inf
-        self._lock = threading.Lock()
 
     def __enter__(self) -> "Lifecycle":
         for number in (signal.SIGINT, signal.SIGTERM, FAILURE):
@@ -51,7 +47,7 @@ class Lifecycle:
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        self.finish()
+        self.ignore_signals()
         if isinstance(error, ServerError):
             if self._told_to_stop:  # and so was Triton, which may have ended first
                 sys.exit(0)
@@ -65,7 +61,7 @@ class Lifecycle:
             return
         self._stopping = True
         if number == FAILURE:
-            LOGGER.critical(self._reason)
+            LOGGER.critical(self._reason.tobytes().rstrip(b"\0").decode())
             self._exit_status = 1
         if self._deferred:
             self._pending = True
@@ -83,48 +79,28 @@ class Lifecycle:
         if self._pending:
             sys.exit(self._exit_status)
 
-    def finish(self) -> None:
+    def ignore_signals(self) -> None:
         """Ignore signals and failures from here on: the server is ending anyway."""
         self._stopping = True
 
     def fail(self, reason: str) -> None:
-        """Stop the server with status 1, which makes a supervisor start it again. From any thread."""
+        """Stop the server with status 1, so that a supervisor restarts it. From any thread of any of its processes."""
         if not self._stopping:
-            self._reason = self._reason or reason
-            os.kill(os.getpid(), FAILURE)
+            if not self._reason[0]:
+                encoded = reason.encode()[: len(self._reason)]
+                self._reason[: len(encoded)] = list(encoded)
+            os.kill(self._server, FAILURE)
 
-    def on_give_up(self, callback: Callable[[], None]) -> None:
-        """Register what :meth:`give_up` calls."""
-        self._on_give_up.append(callback)
-
-    def give_up(self) -> None:
-        """Let the requests in flight fail, because they have taken too long or nobody waits for them any more."""
-        for callback in self._on_give_up:
-            callback()
-
-    @contextlib.contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request as in flight inside the block. Raises InferenceFailed if the server is about to exit."""
-        if time.monotonic() > self._refuse_from:
-            raise InferenceFailed("the server is stopping: send the photo to another server, or again later")
-        with self._lock:
-            self._in_flight += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._in_flight -= 1
-                self._last_done = time.monotonic()
-
-    def drain(self) -> None:
-        """Return when the requests in flight are answered, or give up on them when their time is over."""
+    def drain(self, traffic: Traffic, abandon: Callable[[], None]) -> None:
+        """Return when no request is in flight any more. Calls ``abandon`` if that takes too long."""
         began = time.monotonic()
-        self._refuse_from = began + self._drain_s
+        deadline = began + self._drain_s
+        traffic.close_at(deadline)
         LOGGER.info("stopping: requests in flight have %g s to finish", self._drain_s)
-        while time.monotonic() < self._refuse_from + QUIET_S:
-            if self._in_flight == 0 and time.monotonic() > max(self._last_done, began) + QUIET_S:
+        while time.monotonic() < deadline + QUIET_S:
+            if traffic.in_flight == 0 and time.monotonic() > max(traffic.last_done, began) + QUIET_S:
                 return
             time.sleep(0.05)
-        if self._in_flight:
+        if traffic.in_flight:
             LOGGER.warning("stopping: requests in flight took too long and will fail")
-            self.give_up()
+            abandon()

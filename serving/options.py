@@ -3,26 +3,40 @@
 
 import argparse
 import logging
+import os
 import re
 import socket
 from collections.abc import Callable
 
 # Used unless the user says otherwise, by the type of the device. On a GPU there are instances for two batches: the
-# answers of one are copied while the other is computed. More instances would only compete for the server's interpreter
-# lock. On a CPU, there is one more than the client keeps photos in flight by default: the batcher reserves it for small
-# photos. The queue holds what is answered within seconds.
+# responses of one are copied while the other is computed. On a CPU, there is one more than the client keeps requests in
+# flight by default: the batcher reserves it for small ones. The queue holds what is computed within seconds.
 DEVICE_DEFAULTS = {
-    "cuda": {"instances": 14, "max_batch_size": 7, "max_queue": 512},
-    "cpu": {"instances": 5, "max_batch_size": 4, "max_queue": 12},
+    "cuda": {"instances": 14, "max_batch_size": 7, "executors": 2, "max_queue": 512},
+    "cpu": {"instances": 5, "max_batch_size": 4, "executors": 1, "max_queue": 12},
 }
 DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
+CORES_FOR_TWO_FRONTENDS = 16
 MOST_DEFAULT_INSTANCES = max(defaults["instances"] for defaults in DEVICE_DEFAULTS.values())
 
 
 def device_default(options: argparse.Namespace, name: str, device_type: str) -> int:
     """Return an option, or the default for the type of the device (``cuda`` or ``cpu``) if it is 0."""
     return getattr(options, name) or DEVICE_DEFAULTS[device_type][name]
+
+
+def count_frontends(options: argparse.Namespace, device_type: str, workers: int) -> int:
+    """Return the number of frontend processes for each worker.
+
+    A GPU can keep several busy. They share the cores with Triton, the workers and the clients on the same machine.
+    """
+    if options.frontends:
+        return options.frontends
+    if device_type == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) // workers
+    return 2 if cores <= CORES_FOR_TWO_FRONTENDS else 3
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -82,20 +96,21 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="cpu, cuda, cuda:N, several of them separated by commas, all (GPUs), or auto: a GPU if there is one",
     )
-    add(
-        "--max-pixels",
-        type=number(int, 1),
-        default=25_000_000,
-        help="photos with more pixels are refused",
-    )
     for name, highest, text in (
         ("--instances", 64, "concurrent requests per device"),
-        ("--max-batch-size", 64, "maximum number of photos per batch"),
-        ("--max-queue", None, "maximum number of waiting requests; further ones are refused at once"),
+        ("--max-batch-size", 64, "maximum number of requests per batch"),
+        ("--executors", 8, "batches that are computed at the same time on a device"),
+        ("--max-queue", None, "maximum number of queued requests; further ones are rejected immediately"),
     ):
         key = name[2:].replace("-", "_")
         automatic = f"0 means {defaults['cuda'][key]} on a GPU, {defaults['cpu'][key]} on a CPU"
         add(name, type=number(int, 0, highest), default=0, help=f"{text}; {automatic}")
+    add(
+        "--frontends",
+        type=number(int, 0, 16),
+        default=0,
+        help="processes per device that exchange requests with Triton; 0 chooses: 2 or 3 on a GPU, 1 on a CPU",
+    )
     add(
         "--address",
         type=ip_address,
@@ -132,24 +147,15 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         "--worker-timeout-s",
         type=number(float, 1, 86_400),
         default=300,
-        help="exit with status 1 if requests wait and a worker answers none of them for this many seconds",
+        help="exit with status 1 if requests wait and a worker responds to none of them for this many seconds",
     )
     add(
         "--triton-timeout-s",
         type=number(float, 1, 86_400),
         default=30,
-        help="exit with status 1 if Triton does not say for this many seconds that the model is ready",
+        help="exit with status 1 if Triton or a frontend does not respond for this many seconds",
     )
     add("--verbose", action="store_true", help="log what PyTriton and Triton do")
-
-
-def parse_serving_options(description: str) -> argparse.Namespace:
-    """Read the command line of a server that has no other options, and set up logging accordingly."""
-    parser = make_parser(description)
-    add_serving_options(parser)
-    options = parser.parse_args()
-    configure_logging(options.verbose)
-    return options
 
 
 class LineFormatter(logging.Formatter):

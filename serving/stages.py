@@ -5,6 +5,7 @@ import abc
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from pytriton.proxy.types import Request
@@ -22,6 +23,19 @@ class Deferred:
     source: object
 
 
+@dataclass(frozen=True)
+class Checked:
+    """Outputs of a job, and a condition under which they are right.
+
+    ``valid`` is a tensor of one value in host memory. It may still be on its way from the device:
+    ``.to("cpu", non_blocking=True)``. If it is false, the job fails with ``error``.
+    """
+
+    outputs: Mapping[str, object]
+    valid: object
+    error: Exception
+
+
 class Stages(abc.ABC):
     """Turns requests into jobs, and batches of jobs into outputs. Each worker process has one object.
 
@@ -29,31 +43,41 @@ class Stages(abc.ABC):
     constructor and in all calls. Another thread calls ``read`` and ``weigh``, also while a batch is computed.
     """
 
+    # The option, a whole number, with which the limits grow. If /dev/shm is too small, the server lowers it.
+    size_option: ClassVar[str | None] = None
+
+    @classmethod
+    @abc.abstractmethod
+    def limits(cls, options: argparse.Namespace) -> tuple[int, int]:
+        """Return the maximum size of a request and of a response, in bytes: all inputs, and all outputs together."""
+
+    @classmethod
+    @abc.abstractmethod
+    def example(cls, options: argparse.Namespace) -> Request:
+        """Return a valid request, without a batch dimension. The server only starts if it gets a response."""
+
     @abc.abstractmethod
     def __init__(self, options: argparse.Namespace, device: str):
         """Load the network onto the device, ``cpu`` or ``cuda:N``.
 
-        ``options.max_batch_size`` and ``options.max_pixels`` are those in effect.
+        ``options.max_batch_size`` and the size option are those in effect.
         """
 
     @abc.abstractmethod
     def read(self, request: Request) -> object:
         """Check a request and return its job, before it joins a batch. Raises InvalidRequest.
 
-        The input arrays have no batch dimension. They are valid until the request is answered.
+        The input arrays have no batch dimension. They are valid until the response is sent.
         """
 
     @abc.abstractmethod
-    def __call__(self, jobs: Sequence) -> Sequence[Mapping[str, object]]:
+    def __call__(self, jobs: Sequence) -> Sequence[Mapping[str, object] | Checked]:
         """Return the outputs that each job asks for, without a batch dimension.
 
-        Outputs are numpy arrays, tensors of torch or DALI on the device, or :class:`Deferred`. If this raises, it is
-        called again for each job alone.
+        Outputs are numpy arrays, strings in numpy arrays, tensors of torch or DALI on the device, or
+        :class:`Deferred`. If this raises, it is called again for each job alone.
         """
 
     def weigh(self, job: object) -> float:  # noqa: ARG002
         """Return how large a job is, 1 for the largest possible one, so that large jobs do not hold up small ones."""
         return 0
-
-    def verify(self) -> None:  # noqa: B027 - not every network needs it
-        """Raise an exception if the outputs of the last call are wrong. By now, the GPU has finished them."""

@@ -16,8 +16,10 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from multiprocessing import connection
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytriton.triton
@@ -28,9 +30,9 @@ from pytriton.triton import TritonConfig, TritonSecurityConfig
 from pytriton.utils.distribution import get_stub_path
 
 from serving.errors import ServerError, UsageError
+from serving.fleet import Fleet
 from serving.lifecycle import Lifecycle
 from serving.options import DEFAULT_ADDRESS, DEFAULT_PORTS
-from serving.proxy import CleanModel
 from serving.watchdog import Watchdog
 
 # Seconds that Triton waits for clients to close their connections when it exits. `docker stop` kills after 10 s.
@@ -73,16 +75,20 @@ class Triton:
         self._config = _configure(options)
         self._security = _secure(options)
         self._model: dict = {}
+        self._internals = _load_internals()
         _check_ports(self._config)
-        _prepare_environment()
+        prepare_environment()
 
     def bind(self, **model: object) -> None:
         """Remember the model. Takes the arguments of PyTriton's ``bind`` by name. Raises UsageError."""
         self._model = model
         _check_home(model["model_name"])
 
-    def serve(self) -> None:
-        """Start Triton and serve the model until a signal arrives. Leaves through SystemExit or ServerError."""
+    def serve(self, fleet: Fleet) -> None:
+        """Start Triton, connect it to the fleet, and serve until a signal arrives.
+
+        Leaves through SystemExit or ServerError.
+        """
         try:
             triton = pytriton.triton.Triton(config=self._config, security_config=self._security)
         except OSError as error:
@@ -90,23 +96,23 @@ class Triton:
                 f"PyTriton cannot create its workspace: {error}; set PYTRITON_HOME to a folder that can be written to"
             ) from error
         helpers: list[psutil.Process] = []
-        pytriton.triton.Model = CleanModel  # bind() has no argument for it
         try:
-            triton.bind(**self._model)
+            model = self._internals.bind(triton, **self._model)
+            fleet.check_example(model)
             self._start(triton)
+            fleet.connect(model)
             helpers = _helper_processes()
             threading.Thread(target=self._fail_without_helpers, args=(triton, helpers), daemon=True).start()
             if not self._behind_proxy and not all(_is_loopback(address) for _, address, _ in _listening(self._config)):
                 LOGGER.warning("EXPOSED: whoever can reach this server can crash it: see docs/security.md for a proxy")
             LOGGER.info("ready: model %s at %s", self._model["model_name"], _urls(self._config))
             endpoint = next(_listening(self._config))  # of HTTP, or of gRPC if HTTP is off
-            with Watchdog(*endpoint, self._model["model_name"], self._timeout_s, self._fail_without_answers):
+            with Watchdog(*endpoint, self._model["model_name"], self._timeout_s, self._fail_without_responses):
                 triton.serve(monitoring_period_s=1)
-            self._lifecycle.finish()
-            self._lifecycle.give_up()  # PyTriton would wait for the requests in flight
+            self._lifecycle.ignore_signals()
             raise ServerError("Triton exited unexpectedly; --verbose shows its log")
         except SystemExit:
-            self._lifecycle.drain()
+            self._lifecycle.drain(fleet.traffic, fleet.abandon)
             raise
         finally:
             self._clean_up(triton, helpers)
@@ -127,15 +133,11 @@ class Triton:
         # Triton would start another helper, which does not find the memory of the first.
         with contextlib.suppress(ProcessLookupError):  # it has ended already
             connection.wait([os.pidfd_open(helper.pid) for helper in helpers])
-        if triton.is_alive():
+        if triton.is_alive():  # otherwise, the main thread notices
             self._lifecycle.fail("stopping: one of Triton's helper processes exited")
-        else:
-            # The main thread notices the end of Triton, too. There, PyTriton waits for the requests in flight.
-            self._lifecycle.finish()
-            self._lifecycle.give_up()
 
-    def _fail_without_answers(self) -> None:
-        self._lifecycle.fail(f"stopping: Triton has not answered for {self._timeout_s:g} s")
+    def _fail_without_responses(self) -> None:
+        self._lifecycle.fail(f"stopping: Triton has not responded for {self._timeout_s:g} s")
         # Clients that wait for it are told now. This also ends a server whose signal from fail() is lost.
         _kill(_tritonservers())
 
@@ -185,6 +187,16 @@ def _configure(options: argparse.Namespace) -> TritonConfig:
         if hasattr(options, f"{protocol}_port"):
             config[f"{protocol}_port"] = getattr(options, f"{protocol}_port")
     return TritonConfig(**config)
+
+
+def _load_internals() -> ModuleType:
+    try:
+        from serving import pytriton_internals
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"PyTriton {version('nvidia-pytriton')} lacks what this server uses ({error}): install requirements.txt"
+        ) from error
+    return pytriton_internals
 
 
 def _secure(options: argparse.Namespace) -> TritonSecurityConfig:
@@ -239,13 +251,13 @@ def _urls(config: TritonConfig) -> str:
     )
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
     """Set the environment that Triton inherits, and how the threads of this process take turns."""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if not get_stub_path(version).exists():
-        raise UsageError(f"PyTriton does not support Python {version}; use Python 3.11 or 3.12")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if not get_stub_path(python).exists():
+        raise UsageError(f"PyTriton does not support Python {python}; use Python 3.11 or 3.12")
     # Triton's Python backend finds libpython through the loader's path, and must find the one of this interpreter.
-    library = f"libpython{version}.so.1.0"
+    library = f"libpython{python}.so.1.0"
     folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib"]
     found = [folder for folder in folders if folder and os.access(f"{folder}/{library}", os.R_OK)]
     if not found:
@@ -254,7 +266,7 @@ def _prepare_environment() -> None:
         except OSError:
             raise UsageError(
                 f"Triton needs {library}, which this Python lacks: use a Python built with --enable-shared, "
-                f"or on Debian and Ubuntu, apt install libpython{version}"
+                f"or on Debian and Ubuntu, apt install libpython{python}"
             ) from None
     os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, [*found, os.environ.get("LD_LIBRARY_PATH")]))
     for name, value in (MALLOC_ENVIRONMENT | INSTANCES_ONE_BY_ONE).items():

@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 from benchmark.cpu import kind  # noqa: E402 - the project is not a package
 from client import Connection, InferenceError  # noqa: E402
 from photo import Photo, read_photo  # noqa: E402
-from serving.launch import DIRECT, LaunchedServer  # noqa: E402
 from serving.memory import AnswerMemory  # noqa: E402
+from tools.launch import DIRECT, LaunchedServer  # noqa: E402
 
 encode = hostile_photos.encode
 

@@ -21,7 +21,7 @@ from conftest import MODEL_NAME, ROOT, Server, wait_for
 from tritonclient.grpc import service_pb2
 
 from client import Connection
-from serving.launch import free_ports
+from tools.launch import free_ports
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 NEEDS_NGINX = pytest.mark.skipif(

@@ -15,23 +15,29 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
+from pytriton.model_config import ModelConfig, Tensor
+from pytriton.proxy.types import Request
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from photo import InvalidPhoto, max_photo_bytes, read_photo
-from serving.errors import InvalidRequest, UsageError
-from serving.lifecycle import Lifecycle
-from serving.options import add_serving_options, configure_logging, make_parser
-from serving.stages import Stages
-from serving.triton import Triton
-from serving.worker import Workers
+from photo import InvalidPhoto, blank_photo, max_photo_bytes, read_photo
+from serving import InvalidRequest, Server, Stages, UsageError, add_serving_options, make_parser, number
 
 LOGGER = logging.getLogger("server")
 
 
 class Inversion(Stages):
     """Inverts photos, and returns the mean of each color channel."""
+
+    size_option = "max_pixels"
+
+    @classmethod
+    def limits(cls, options):
+        return max_photo_bytes(options.max_pixels), 3 * options.max_pixels + 64
+
+    @classmethod
+    def example(cls, options):
+        return Request({"image": blank_photo(options.max_pixels)}, {}, requested_output_names=["inverted", "mean"])
 
     def __init__(self, options: argparse.Namespace, device: str):  # noqa: ARG002
         """Follow ``--start``: how the worker starts."""
@@ -81,27 +87,22 @@ def main():
     parser = make_parser("Invert photos.")
     parser.add_argument("--start", default="")
     parser.add_argument("--triton-batch-size", type=int, default=1)
+    parser.add_argument("--max-pixels", type=number(int, 1), default=25_000_000)
     add_serving_options(parser)
     parser.set_defaults(device="cpu", instances=1, max_batch_size=1)
     options = parser.parse_args()
-    configure_logging(options.verbose)
-    with Lifecycle(options.drain_s) as lifecycle:
-        triton = Triton(options, lifecycle)
-        with Workers(Inversion, options, max_photo_bytes, lambda pixels: 3 * pixels + 64, lifecycle) as workers:
-            triton.bind(
-                model_name="Toy",
-                infer_func=workers.instances,
-                inputs=[Tensor(name="image", dtype=np.uint8, shape=(-1,))],
-                outputs=[
-                    Tensor(name="inverted", dtype=np.uint8, shape=(-1, -1, 3)),
-                    Tensor(name="mean", dtype=np.float64, shape=(3,)),
-                ],
-                config=ModelConfig(
-                    max_batch_size=options.triton_batch_size,
-                    batcher=DynamicBatcher(default_queue_policy=workers.queue_policy),
-                ),
-            )
-            triton.serve()
+    with Server(Inversion, options) as server:
+        server.bind(
+            model_name="Toy",
+            infer_func=server.instances,
+            inputs=[Tensor(name="image", dtype=np.uint8, shape=(-1,))],
+            outputs=[
+                Tensor(name="inverted", dtype=np.uint8, shape=(-1, -1, 3)),
+                Tensor(name="mean", dtype=np.float64, shape=(3,)),
+            ],
+            config=ModelConfig(max_batch_size=options.triton_batch_size),
+        )
+        server.serve()
 
 
 if __name__ == "__main__":

@@ -79,7 +79,9 @@ def _load_demo(path: Path, network: str) -> StateDict:
     try:
         trained, expected = content["state_dict"], content["fingerprint"]
     except (KeyError, TypeError):
-        raise UsageError(f"{path} is not a demonstration weights file: create it with weights/train_demo.py") from None
+        raise UsageError(
+            f"{path} is not a demonstration weights file: create it with python -m tools.train_demo"
+        ) from None
     shapes = network_shapes(network)
     # Only convolutions are drawn. If another network lacks something else, _check says so.
     drawn = {
@@ -91,7 +93,7 @@ def _load_demo(path: Path, network: str) -> StateDict:
     if fingerprint(drawn) != expected:
         raise UsageError(
             f"{path} was trained for another network, or with a torch that draws other random numbers than "
-            f"{torch.__version__}: create it again with weights/train_demo.py"
+            f"{torch.__version__}: create it again with python -m tools.train_demo"
         )
     return state_dict
 

@@ -30,10 +30,10 @@ from conftest import (
 from tritonclient.utils import InferenceServerException
 
 from serving.errors import UsageError
-from serving.launch import free_ports
 from serving.lifecycle import Lifecycle
 from serving.options import add_serving_options, make_parser
 from serving.triton import Triton
+from tools.launch import free_ports
 
 TOKEN = "a-token_of-24-characters"
 
@@ -210,17 +210,17 @@ WAIT_AND_EXIT = "from client import *; Connection(sys.argv[-1], 'Toy').wait_for_
 )
 def test_a_server_is_launched_for_as_long_as_a_client_runs(arguments, status, said):
     with tempfile.TemporaryDirectory(prefix="pytriton-") as home:
-        done = run_python("-m", "serving.launch", TOY_SERVER, *arguments, environment={"PYTRITON_HOME": home})
+        done = run_python("-m", "tools.launch", TOY_SERVER, *arguments, environment={"PYTRITON_HOME": home})
         assert done.returncode == status
         assert said in done.stderr
         wait_for(lambda: not processes_of(home))
 
 
 def test_the_launcher_says_how_to_use_it():
-    done = run_python("-m", "serving.launch", TOY_SERVER)
+    done = run_python("-m", "tools.launch", TOY_SERVER)
     assert (done.returncode, done.stderr) == (
         2,
-        "usage: python -m serving.launch SERVER.py [OPTION ...] -- CLIENT.py [OPTION ...]\n",
+        "usage: python -m tools.launch SERVER.py [OPTION ...] -- CLIENT.py [OPTION ...]\n",
     )
 
 

@@ -52,7 +52,7 @@ from front_door import (
 from PIL import Image
 from tritonclient.grpc import service_pb2
 
-from serving.launch import free_ports
+from tools.launch import free_ports
 
 INFER, READY = "/v2/models/Toy/infer", "/v2/models/Toy/ready"
 RAW, MODEL_INFER = "Inference-Header-Content-Length: 0", f"{SERVICE}/ModelInfer"

@@ -14,7 +14,7 @@ from hostile_photos import blocks_jpeg
 from PIL import Image
 
 from client import Connection, InferenceError
-from serving.launch import DIRECT
+from tools.launch import DIRECT
 
 PICTURE = sample("person")
 

@@ -20,7 +20,7 @@ from conftest import PROTOCOLS, ROOT, SAMPLES, Server, decode, encode, psnr, run
 from PIL import Image
 
 import client
-from serving.launch import free_ports
+from tools.launch import free_ports
 
 PERSON, CAT = SAMPLES["person"][0], SAMPLES["cat"][0]
 

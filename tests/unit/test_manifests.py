@@ -16,10 +16,10 @@ from front_door import KEY, NEEDS_NGINX, NGINX, Proxy, image_files
 import server
 from client import Connection, InferenceError
 from photo import max_photo_bytes
-from serving.launch import free_ports
 from serving.memory import SHM_BYTES_PER_BYTE, SHM_BYTES_PER_INSTANCE
 from serving.options import MOST_DEFAULT_INSTANCES
 from serving.triton import _configure
+from tools.launch import free_ports
 
 DEPLOY = ROOT / "deploy"
 MANIFESTS = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))

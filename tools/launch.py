@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts a server in its own process, on free ports: for tests, benchmarks and demonstrations.
 
-    python -m serving.launch server.py [option ...] -- client.py [option ...]
+    python -m tools.launch server.py [option ...] -- client.py [option ...]
 
 serves until the client has finished. The client gets ``--url``. Exits with the client's status.
 """
@@ -94,7 +94,7 @@ class LaunchedServer:
 def main(arguments: Sequence[str]) -> int:
     """Run the server and the client that the arguments describe; return the exit status."""
     if "--" not in arguments:
-        print("usage: python -m serving.launch SERVER.py [OPTION ...] -- CLIENT.py [OPTION ...]", file=sys.stderr)
+        print("usage: python -m tools.launch SERVER.py [OPTION ...] -- CLIENT.py [OPTION ...]", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves through the blocks that stop the server
     separator = arguments.index("--")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make weights/demo.pt: a network that knows the two photos in images/, for demonstration and tests.
 
-    python weights/train_demo.py [--steps 4000] [--output weights/demo.pt]
+    python -m tools.train_demo [--steps 4000] [--output weights/demo.pt]
 
 Every convolution but the last keeps the random values of ``weights.loading.random_convolution``; only the batch-norm
 parameters and the last 1 x 1 convolution learn (Frankle et al. 2020, arXiv:2003.00152, shows how far that goes).
@@ -9,7 +9,6 @@ Prints the intersection over union (IoU) with the reference masks at the server'
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -19,18 +18,11 @@ from PIL import Image, ImageOps
 from torch.nn import functional
 from torchvision.transforms import v2
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from model_inference import SegmentationNetwork, build_module, pretrained_weights
+from server import NETWORK, parse_options
+from weights.loading import DEMO_PATH, fingerprint, load_weights, network_shapes, random_convolution
 
-from model_inference import SegmentationNetwork, build_module, pretrained_weights  # noqa: E402 - not a package
-from server import NETWORK, parse_options  # noqa: E402
-from weights.loading import (  # noqa: E402
-    DEMO_PATH,
-    fingerprint,
-    load_weights,
-    network_shapes,
-    random_convolution,
-)
+ROOT = Path(__file__).resolve().parent.parent
 
 PHOTOS = {"person": ("orig.jpg", "orig_mask.png"), "cat": ("cat_orig.jpg", "cat_mask.png")}
 DEFAULTS = parse_options([])

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lays arrays out in memory, one after another. Strings take the form that Triton uses: each after its length."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
+
+ALIGNMENT = 64  # of each array: a cache line, and more than any dtype needs
+STRINGS = "object"  # the dtype of arrays of bytes objects, as in PyTriton
+
+
+class ArraySpec(NamedTuple):
+    """Where an array lies in memory, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # numpy's name
+    begin: int
+    end: int
+
+
+class Packer:
+    """Places arrays into memory."""
+
+    def __init__(self, memory: np.ndarray):
+        """``memory`` is uint8 ``[N]``."""
+        self._memory = memory
+        self.specs: dict[str, ArraySpec] = {}
+        self.end = 0
+
+    def reserve(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """Return room for an array of fixed-size values. Raises ValueError if the memory is too small."""
+        return self._reserve(name, shape, dtype, math.prod(shape) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Copy an array, or strings. Raises ValueError if the memory is too small."""
+        if array.dtype.kind in "OU":
+            content, dtype = _serialize(array), STRINGS
+        else:
+            content, dtype = np.ascontiguousarray(array).reshape(-1).view(np.uint8), array.dtype.str
+        # np.copyto would release the GIL, and getting it back takes longer than the copy.
+        self._reserve(name, array.shape, dtype, len(content)).data[:] = content.data
+
+    def _reserve(self, name: str, shape: tuple[int, ...], dtype: str, size: int) -> np.ndarray:
+        begin = -(-self.end // ALIGNMENT) * ALIGNMENT
+        end = begin + size
+        if end > len(self._memory):
+            raise ValueError(f"{name} does not fit: {end} bytes are needed, {len(self._memory)} are there")
+        self.specs[name] = ArraySpec(tuple(shape), dtype, begin, end)
+        self.end = end
+        return self._memory[begin:end]
+
+
+def unpack(memory: np.ndarray, specs: Mapping[str, ArraySpec]) -> dict[str, np.ndarray]:
+    """Return the arrays that a :class:`Packer` placed into this memory: views, or copies of strings."""
+    return {name: _read(memory[spec.begin : spec.end], spec) for name, spec in specs.items()}
+
+
+def _read(content: np.ndarray, spec: ArraySpec) -> np.ndarray:
+    if spec.dtype == STRINGS:
+        return deserialize_bytes_tensor(content.tobytes()).reshape(spec.shape)
+    return content.view(spec.dtype).reshape(spec.shape)
+
+
+def _serialize(strings: np.ndarray) -> np.ndarray:
+    if strings.size == 0:
+        return np.empty(0, np.uint8)
+    return np.frombuffer(serialize_byte_tensor(strings.astype(object)).item(), np.uint8)

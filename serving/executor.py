@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls your stages in a worker process, and decides what a client gets if they fail."""
+
+import argparse
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pytriton.proxy.types import Request
+
+from serving.channel import SLACK_BYTES, Channel
+from serving.device import check_device, open_stream
+from serving.errors import InferenceFailed, RequestError
+from serving.memory import ResponseMemory, StoredResponse
+from serving.stages import Checked, Stages
+
+LOGGER = logging.getLogger("server")
+
+
+@dataclass(eq=False)
+class Job:
+    """A request that has been read and is waiting for its response."""
+
+    channel: Channel
+    content: object  # what Stages.read returned
+    weight: float
+
+
+class Executor:
+    """Your stages, on their own CUDA stream. One thread calls :meth:`compute`; others may call the other methods."""
+
+    def __init__(
+        self,
+        stages: type[Stages],
+        options: argparse.Namespace,
+        device: str,
+        memories: Mapping[Channel, ResponseMemory],
+    ):
+        """Create the stages on the device, and compute the example. Raises whatever the stages raise.
+
+        ``memories`` are where the responses of each channel go. Executors may share them.
+        """
+        self.device = device
+        self._memories = memories
+        self._stream = open_stream(device)
+        with self._stream:
+            self.stages = stages(options, device)
+        # The first run of each stage chooses kernels and allocates memory.
+        channel, example = next(iter(memories)), stages.example(options)
+        for size in {1, options.max_batch_size}:
+            for response in self.compute([self._read(channel, example) for _ in range(size)]):
+                if isinstance(response, Exception):
+                    raise response
+                response.complete()
+
+    def read(self, channel: Channel, arrays: Mapping[str, np.ndarray], message: tuple) -> Job:
+        """Return the job of a request. Raises whatever :meth:`Stages.read` raises."""
+        parameters, outputs = message
+        return self._read(channel, Request(data=arrays, parameters=parameters, requested_output_names=outputs))
+
+    def _read(self, channel: Channel, request: Request) -> Job:
+        content = self.stages.read(request)
+        return Job(channel, content, self.stages.weigh(content))
+
+    def compute(self, jobs: Sequence[Job]) -> list[StoredResponse | Exception]:
+        """Return the response of each job, in the memory of its channel. Raises whatever the stages raise."""
+        with self._stream:
+            results = self.stages([job.content for job in jobs])
+            results = [result if isinstance(result, Checked) else Checked(result, True, None) for result in results]
+            responses = [
+                self._memories[job.channel].store(result.outputs) for job, result in zip(jobs, results, strict=True)
+            ]
+            # So far, the GPU's work is only queued, except for the encoding of JPEGs, which blocks.
+            self._stream.wait()
+        return [
+            response if bool(result.valid) else result.error
+            for response, result in zip(responses, results, strict=True)
+        ]
+
+    def explain(self, error: Exception) -> RequestError:
+        """Return what the client gets instead of this exception. Ends the process if the GPU is lost."""
+        # After some CUDA errors every later call in this process fails, or worse, a decoder rejects good photos.
+        try:
+            check_device(self.device)
+        except RuntimeError as lost:
+            LOGGER.critical("a worker lost its GPU and exits: %s", str(lost).splitlines()[0])
+            os._exit(1)
+        if isinstance(error, RequestError):
+            return error
+        LOGGER.error("a request failed", exc_info=error)
+        return InferenceFailed("the server could not process this request and logged the reason: try again later")
+
+
+def open_memories(channels: Sequence[Channel], response_bytes: int, device: str) -> dict[Channel, ResponseMemory]:
+    """Return the memory for the responses of each channel, of at most this size."""
+    size = response_bytes + SLACK_BYTES
+    return {channel: ResponseMemory(channel.response_memory[:size], device) for channel in channels}

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes that serve: for each device a worker and its frontends. Starts them, watches them and ends them."""
+
+import argparse
+import errno
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from typing import TYPE_CHECKING
+
+from pytriton.proxy.types import Request
+
+from serving import frontend, worker
+from serving.channel import open_channels
+from serving.device import list_devices
+from serving.errors import RequestError, ServerError, UsageError
+from serving.instance import Instance
+from serving.lifecycle import Lifecycle
+from serving.options import MOST_DEFAULT_INSTANCES, count_frontends, device_default
+from serving.printed import Printed
+from serving.processes import Child, kill_all
+from serving.shared import share_numbers
+from serving.stages import Stages
+from serving.traffic import Traffic
+
+if TYPE_CHECKING:
+    from serving.pytriton_internals import FrontendModel
+
+CONNECT_TIMEOUT_S = 30
+HEARTBEAT_CHECKS = 3  # in a row; after a pause of the whole machine, only the first one fails
+
+LOGGER = logging.getLogger("server")
+
+
+class _Frontend(Child):
+    """A frontend process."""
+
+    def __init__(self, instances: Sequence[Instance]):
+        self.heartbeat = share_numbers(1)
+        self.numbers: dict[int, int] = {}
+        super().__init__("frontend", frontend.main, instances, self.heartbeat)
+
+
+@dataclass(eq=False)
+class _Device:
+    """The processes for one device."""
+
+    name: str
+    instances: Sequence[Instance]
+    printed: Printed
+    worker: Child
+    frontends: list[_Frontend]
+    report: worker.Ready | None = None
+
+
+class Fleet:
+    """The workers and frontends of all devices, inside a ``with`` block."""
+
+    def __init__(self, stages: type[Stages], options: argparse.Namespace, lifecycle: Lifecycle):
+        """Nothing starts before the ``with`` block."""
+        self._stages = stages
+        self._options = options
+        self._lifecycle = lifecycle
+        self._devices: list[_Device] = []
+        self._watcher: threading.Thread | None = None
+        self.traffic: Traffic | None = None  # once the devices are known
+        self.instances: list[Instance] = []
+
+    def __enter__(self) -> "Fleet":
+        """Start the processes and wait until the workers are ready. Raises ServerError."""
+        try:
+            self._fork()
+            self._wait_for_workers()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lifecycle.ignore_signals()
+        kill_all([child for device in self._devices for child in (*device.frontends, device.worker)])
+        if self._watcher:  # which logs what the workers were doing
+            self._watcher.join()
+
+    def _fork(self) -> None:
+        options = self._options
+        names = list_devices(options.device, options.start_timeout_s)
+        shm_bytes = shutil.disk_usage("/dev/shm").free // len(names)
+        count = options.instances or MOST_DEFAULT_INSTANCES
+        self.traffic = Traffic(count * len(names))
+        for index, name in enumerate(names):
+            try:
+                channels = open_channels(count, *self._stages.limits(options))
+            except (OSError, OverflowError) as error:
+                if getattr(error, "errno", None) == errno.ENOSPC:  # semaphores lie there
+                    raise UsageError(
+                        "/dev/shm is full: remove what killed servers left, see docs/production.md"
+                    ) from error
+                size = self._stages.size_option
+                limit = f"--{size.replace('_', '-')} {getattr(options, size)}: " if size else ""
+                raise UsageError(f"{limit}not enough memory ({error})") from error
+            instances = [
+                Instance(index * count + number, channel, options.worker_timeout_s, self.traffic, self._lifecycle)
+                for number, channel in enumerate(channels)
+            ]
+            printed = Printed()
+            # Between a fork and what remembers it, a signal would leave an orphaned process.
+            with self._lifecycle.signals_deferred():
+                process = Child("worker", worker.main, self._stages, options, name, channels, printed, shm_bytes)
+                device = _Device(name, instances, printed, process, [])
+                self._devices.append(device)
+                # The type of the device is not known yet: as many as on a GPU.
+                for _ in range(count_frontends(options, "cuda", len(names))):
+                    device.frontends.append(_Frontend(instances))
+
+    def _wait_for_workers(self) -> None:
+        """Wait for the reports of the workers, and share out the instances. Raises a worker's ServerError."""
+        deadline = time.monotonic() + self._options.start_timeout_s
+        while waiting := [device for device in self._devices if not device.report]:
+            pipes = [device.worker.pipe for device in waiting]
+            arrived = connection.wait(pipes, max(0, deadline - time.monotonic()))
+            if not arrived:
+                seconds = f"{self._options.start_timeout_s:g} s"
+                raise ServerError(
+                    f"the worker for --device {waiting[0].name} did not start within {seconds}: "
+                    "its GPU driver may be hung, or downloading the weights takes longer than --start-timeout-s allows"
+                )
+            for device in waiting:
+                if device.worker.pipe in arrived:
+                    device.report = device.worker.receive()
+        # Triton prefers instances with low numbers, so that these belong to all devices and frontends in turn.
+        for position in range(max(device.report.instances for device in self._devices)):
+            for device in self._devices:
+                if position < device.report.instances:
+                    frontends = device.frontends[: self._count_frontends(device)]
+                    frontends[position % len(frontends)].numbers[position] = len(self.instances)
+                    self.instances.append(device.instances[position])
+                    self.instances[-1].max_request_bytes = device.report.max_request_bytes
+        for device in self._devices:
+            for idle in [process for process in device.frontends if not process.numbers]:
+                idle.pipe.send(None)
+                idle.process.join()
+                device.frontends.remove(idle)
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        # Once more, next to the line that says that the server is ready, where they are hard to miss.
+        for warning in dict.fromkeys(warning for device in self._devices for warning in device.report.warnings):
+            LOGGER.warning(warning)
+
+    def _count_frontends(self, device: _Device) -> int:
+        return count_frontends(self._options, device.report.device_type, len(self._devices))
+
+    @property
+    def max_queue(self) -> int:
+        """The maximum number of queued requests."""
+        return device_default(self._options, "max_queue", self._devices[0].report.device_type)
+
+    def check_example(self, model: "FrontendModel") -> None:
+        """Send the example of the stages to each worker, as Triton will. Raises ServerError if it fails."""
+        example = self._stages.example(self._options)
+        inputs = {name: array[None] for name, array in example.data.items()}
+        request = Request(inputs, example.parameters, requested_output_names=example.requested_output_names)
+        for device in self._devices:
+            try:
+                (response,) = device.instances[0]([request])
+                model.validate(request, response)
+            except (RequestError, ValueError) as error:
+                raise ServerError(f"the example of {self._stages.__name__} failed: {error}") from error
+
+    def connect(self, model: "FrontendModel") -> None:
+        """Make the frontends serve the model that Triton has loaded. Raises ServerError."""
+        frontends = [(device, process) for device in self._devices for process in device.frontends]
+        for device, process in frontends:
+            process.pipe.send(
+                frontend.Assignment(model.triton_config, device.report.max_request_bytes, process.numbers)
+            )
+        for _, process in frontends:
+            if not process.pipe.poll(CONNECT_TIMEOUT_S):
+                raise ServerError(f"a frontend did not start within {CONNECT_TIMEOUT_S} s")
+            process.receive()
+        LOGGER.debug("frontends: %d", len(frontends))
+
+    def abandon(self) -> None:
+        """Make the requests in flight fail, because they have taken too long."""
+        for device in self._devices:
+            device.worker.process.kill()
+
+    def _watch(self) -> None:
+        """Stop the server if a process ends or hangs. Returns when all have ended."""
+        workers = {device.worker.sentinel: device for device in self._devices}
+        frontends = {process.sentinel: (process, device) for device in self._devices for process in device.frontends}
+        heartbeats: dict[int, float] = {}
+        silent = dict.fromkeys(frontends, 0)
+        while workers or frontends:
+            ended = connection.wait([*workers, *frontends], self._options.triton_timeout_s / HEARTBEAT_CHECKS)
+            for sentinel in ended:
+                if sentinel in workers:
+                    self._lose_worker(workers.pop(sentinel))
+                else:
+                    self._lose_frontend(*frontends.pop(sentinel))
+            if ended:
+                continue
+            for sentinel, (process, _) in frontends.items():
+                heartbeat = process.heartbeat[0]
+                silent[sentinel] = silent[sentinel] + 1 if heartbeats.get(sentinel) == heartbeat else 0
+                heartbeats[sentinel] = heartbeat
+                if heartbeat and silent[sentinel] == HEARTBEAT_CHECKS:
+                    self._lifecycle.fail(f"stopping: a frontend hung for {self._options.triton_timeout_s:g} s")
+
+    def _lose_worker(self, device: _Device) -> None:
+        for instance in device.instances:
+            if instance.channel.is_processing():
+                LOGGER.error("a worker ended while it processed %s", instance.channel.describe_request())
+        if printed := device.printed.read():
+            LOGGER.error('before a worker ended, a library printed "%s"', printed)
+        self._lifecycle.fail("stopping: a worker exited")
+        for instance in device.instances:
+            instance.channel.close()
+
+    def _lose_frontend(self, process: _Frontend, device: _Device) -> None:
+        self.traffic.forget([device.instances[position].number for position in process.numbers])
+        self._lifecycle.fail("stopping: a frontend exited")

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that relies on PyTriton's private parts. It is made for PyTriton 0.7.0.
+
+PyTriton has no public way to run its handlers in several processes, nor to add to the code in Triton's stub processes.
+Used are ``Model``, which ``Triton.bind`` creates, and what its ``setup`` consists of: the handshake with the stub
+process of the first instance, which tells where the tensor store is, a RequestsResponsesConnector for each instance's
+socket, and an InferenceHandler that calls the instance.
+"""
+
+import base64
+import threading
+from collections.abc import Mapping
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import numpy as np
+import pytriton.triton
+from pytriton.model_config.triton_model_config import TritonModelConfig
+from pytriton.models.manager import ModelManager
+from pytriton.models.model import Model
+from pytriton.proxy.communication import get_config_from_handshake_server
+from pytriton.proxy.data import TensorStoreSerializerDeserializer
+from pytriton.proxy.inference import InferenceHandler, RequestsResponsesConnector
+from pytriton.proxy.types import Request
+from pytriton.proxy.validators import TritonResultsValidator
+from pytriton.triton import Triton
+
+from serving.instance import Instance
+
+# What FrontendModel overrides or calls. An attribute that is missing is reported when this file is imported.
+_ = (
+    pytriton.triton.Model,
+    Model.setup,
+    Model.is_alive,
+    Model.clean,
+    Model.get_proxy_model_files,
+    Model._get_triton_model_config,
+    ModelManager.models,
+)
+
+# Added to PyTriton's model.py, which Triton's stub processes run. They ignore PYTHON... variables.
+#
+# For each failed request, PyTriton raises an exception. It and the frame that raised it refer to each other, and the
+# frame to the request, which lies in Triton's shared memory until Python collects this cycle. By default that takes 21
+# more requests, and each collection leaves the current one to the next generation: one in 252 stays.
+#
+# What PyTriton cannot pass on to the server, it keeps for good. Nothing is in flight any more when execute() returns,
+# unless a model is decoupled.
+STUB_ADDITION = """
+
+import gc
+
+gc.freeze()  # what is there now, so that a collection only looks at what requests leave behind
+gc.set_threshold(25, 1, 1)  # a failed request leaves more than 25 objects
+
+
+class TritonPythonModel(TritonPythonModel):
+    def execute(self, triton_requests):
+        for request in triton_requests:
+            self._check(request)
+        try:
+            return super().execute(triton_requests)
+        finally:
+            self._requests.clear()
+
+    def _check(self, request):
+        try:
+            parameters = request.parameters()
+        except UnicodeDecodeError:
+            raise pb_utils.TritonModelException("InvalidRequest: a parameter is not valid UTF-8") from None
+        if len(parameters) > 65_536:  # as JSON; what reads them takes many times that
+            raise pb_utils.TritonModelException("InvalidRequest: the parameters of the request are too long")
+        for tensor in request.inputs():
+            if tensor.as_numpy().size == 0:
+                raise pb_utils.TritonModelException(f"InvalidRequest: the input {tensor.name()} is empty")
+"""
+
+
+class FrontendModel(Model):
+    """PyTriton's model without handlers: these run in frontend processes."""
+
+    _loaded = False
+
+    def setup(self) -> None:
+        """PyTriton calls this when Triton has loaded the model. Its own method would start the handlers."""
+        self._loaded = True
+
+    def is_alive(self) -> bool:
+        """Return whether the model is loaded. PyTriton calls this each second; the server watches its frontends."""
+        return self._loaded
+
+    def clean(self) -> None:
+        """PyTriton calls this when Triton has stopped. Its own method would stop the handlers."""
+
+    def get_proxy_model_files(self) -> dict[str, bytes]:
+        """Return the files that PyTriton runs in the stub processes."""
+        files = super().get_proxy_model_files()
+        files[f"file:{self.model_version}/model.py"] += STUB_ADDITION.encode()
+        return files
+
+    @property
+    def triton_config(self) -> TritonModelConfig:
+        """The configuration of the model in Triton."""
+        return self._get_triton_model_config()
+
+    def validate(self, request: Request, response: dict[str, np.ndarray]) -> None:
+        """Raise ValueError if a response does not have the outputs with which the model was bound."""
+        TritonResultsValidator(self.triton_config, strict=True).validate_responses([request], [response])
+
+
+def bind(triton: Triton, **model: object) -> FrontendModel:
+    """Call ``triton.bind`` with these arguments, and return the model that it creates."""
+    pytriton.triton.Model = FrontendModel  # bind() has no argument for it
+    triton.bind(**model)
+    (bound,) = triton._model_manager.models
+    return bound
+
+
+def start_handlers(config: TritonModelConfig, instances: Mapping[int, Instance]) -> list[threading.Thread]:
+    """Start the handlers of instances, by their numbers in Triton, in this process. Returns their threads."""
+    # The memory of the tensor store belongs to another process, but Python would remove it when this one ends.
+    # From Python 3.13 on, SharedMemory has an argument for that.
+    resource_tracker.register = resource_tracker.unregister = lambda *_: None
+    workspace = Path(config.backend_parameters["workspace-path"])
+    handshake = get_config_from_handshake_server(workspace / f"{config.model_name}-config.sock")
+    store = TensorStoreSerializerDeserializer()
+    store.connect(handshake["data_socket"], base64.decodebytes(handshake["authkey"].encode()))
+    validator = TritonResultsValidator(config, strict=False)
+    threads = []
+    for number, instance in instances.items():
+        socket = workspace / f"{config.model_name}_0_{number}-server.sock"
+        connector = RequestsResponsesConnector(f"ipc://{socket}", store)
+        handler = InferenceHandler(instance, connector, validator, f"instance {number}")
+        connector.start()
+        handler.start()
+        threads += [connector, handler]
+    return threads
