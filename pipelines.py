@@ -26,9 +26,6 @@ DECODING_ERROR = re.compile(r"Failed to decode|Invalid sample_type|nvImageCodec 
 
 NVJPEG = {
     "device": "mixed",
-    # If the data of a JPEG is damaged, the GPU's JPEG hardware leaves a part of the photo as it was in memory, with
-    # pixels of an earlier photo. nvJPEG's other decoders notice the damage.
-    "hw_decoder_load": 0.0,
     # nvJPEG pads each of its buffers, several per thread. With DALI's defaults, 8 MB on the host and 16 MB on the GPU,
     # a worker grows by hundreds of megabytes as its threads meet more kinds of JPEG.
     "host_memory_padding": 1 << 20,
@@ -41,13 +38,18 @@ TensorList = TensorListCPU | TensorListGPU
 class Preprocess:
     """Decode photos, and resize and normalize them for the network."""
 
-    def __init__(self, device: torch.device, input_size: int, max_batch_size: int = 1):
-        """``input_size`` is the width and height of the network's input in pixels."""
+    def __init__(self, device: torch.device, input_size: int, max_batch_size: int = 1, jpeg_hardware: bool = False):
+        """``input_size`` is the width and height of the network's input in pixels.
+
+        ``jpeg_hardware`` makes the GPU's hardware decode JPEGs, for trusted clients only: if the data of a JPEG is
+        damaged, it leaves a part of the photo as it was in memory, with pixels of an earlier photo. nvJPEG's other
+        decoders notice the damage.
+        """
         self._device = device
         on_gpu, options = device.type == "cuda", _pipeline_options(device, max_batch_size)
         # Each condition in a pipeline takes time, also if it never holds. Most batches need none.
         self._common, self._general = (
-            _preprocess_pipeline(on_gpu, general, input_size, **options) for general in (False, True)
+            _preprocess_pipeline(on_gpu, general, jpeg_hardware, input_size, **options) for general in (False, True)
         )
         for pipeline in (self._common, self._general):
             pipeline.build()
@@ -116,12 +118,12 @@ class Postprocess:
 
 
 @pipeline_def(enable_conditionals=True)
-def _preprocess_pipeline(on_gpu: bool, general: bool, input_size: int):
+def _preprocess_pipeline(on_gpu: bool, general: bool, jpeg_hardware: bool, input_size: int):
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     if not on_gpu:
         photo = _decode(encoded, device="cpu")
     elif not general or fn.external_source(name="suits_nvjpeg", dtype=types.BOOL, ndim=0):
-        photo = _decode(encoded, **NVJPEG)
+        photo = _decode(encoded, hw_decoder_load=1.0 if jpeg_hardware else 0.0, **NVJPEG)
     else:
         # Also PNG: with device="mixed", those of 2 and 4 bits have wrong colors.
         photo = _decode(encoded, device="cpu").gpu()

@@ -18,21 +18,11 @@ from pytriton.model_config import ModelConfig, Tensor
 from pytriton.proxy.types import Request
 
 from photo import InvalidPhoto, Photo, blank_photo, max_photo_bytes, read_photo
-from serving import (
-    Checked,
-    InferenceFailed,
-    InvalidRequest,
-    Server,
-    Stages,
-    UsageError,
-    add_serving_options,
-    make_parser,
-    number,
-)
+from serving import Checked, InferenceFailed, InvalidRequest, Server, Stages, UsageError
+from serving.options import add_serving_options, make_parser, number
 
 if TYPE_CHECKING:
     from encoders import ImageEncoding
-
 
 # torch, torchvision and DALI take seconds to import. They are imported where they are used, in the worker process, so
 # that a mistake on the command line is answered at once.
@@ -92,7 +82,7 @@ class Segmentation(Stages):
 
         self.options, device, batch_size = options, torch.device(device), options.max_batch_size
         state_dict = load_weights(options.weights, NETWORK)
-        self.preprocess = Preprocess(device, options.input_size, batch_size)
+        self.preprocess = Preprocess(device, options.input_size, batch_size, options.jpeg_hardware)
         self.network = load_network(NETWORK, state_dict, device, options.precision, options.input_size, batch_size)
         self.postprocess = Postprocess(device, batch_size)
         self.encode = Encode(device)
@@ -174,6 +164,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
         help="numeric precision; auto: fp16 on a GPU with tensor cores, bf16 on a CPU with AMX, fp32 otherwise",
+    )
+    add(
+        "--jpeg-hardware",
+        action="store_true",
+        help="decode JPEGs faster; only for trusted clients, see docs/security.md",
     )
     add("--max-pixels", type=number(int, 1), default=25_000_000, help="photos with more pixels are rejected")
     add_serving_options(parser)

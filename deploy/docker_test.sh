@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 host=${HOST:-127.0.0.1}
-options=(--rm -d --shm-size 12gb -p "$host:8000-8002:8000-8002")
+options=(--rm -d --shm-size 18gb -p "$host:8000-8002:8000-8002")
 if docker info --format '{{.Runtimes}}' | grep -q nvidia; then
     options+=(--gpus all)
 else

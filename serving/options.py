@@ -8,16 +8,16 @@ import re
 import socket
 from collections.abc import Callable
 
-# Used unless the user says otherwise, by the type of the device. On a GPU there are instances for two batches: the
-# responses of one are copied while the other is computed. On a CPU, there is one more than the client keeps requests in
-# flight by default: the batcher reserves it for small ones. The queue holds what is computed within seconds.
+# Used unless the user says otherwise, by the type of the device. A GPU computes two batches at the same time: while the
+# photos of one are decoded, the network computes the other. A third of its instances copy requests and responses.
+# On a CPU, there is one instance more than the client keeps requests in flight by default: the batcher reserves it for
+# small ones. The queue holds what is computed within seconds.
 DEVICE_DEFAULTS = {
-    "cuda": {"instances": 14, "max_batch_size": 7, "executors": 2, "max_queue": 512},
+    "cuda": {"instances": 20, "max_batch_size": 7, "executors": 2, "max_queue": 512},
     "cpu": {"instances": 5, "max_batch_size": 4, "executors": 1, "max_queue": 12},
 }
 DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
-CORES_FOR_TWO_FRONTENDS = 16
 MOST_DEFAULT_INSTANCES = max(defaults["instances"] for defaults in DEVICE_DEFAULTS.values())
 
 
@@ -29,14 +29,12 @@ def device_default(options: argparse.Namespace, name: str, device_type: str) -> 
 def count_frontends(options: argparse.Namespace, device_type: str, workers: int) -> int:
     """Return the number of frontend processes for each worker.
 
-    A GPU can keep several busy. They share the cores with Triton, the workers and the clients on the same machine.
+    A GPU keeps three busy. They share the cores with Triton, the worker and often the clients.
     """
     if options.frontends:
         return options.frontends
-    if device_type == "cpu":
-        return 1
     cores = len(os.sched_getaffinity(0)) // workers
-    return 2 if cores <= CORES_FOR_TWO_FRONTENDS else 3
+    return 1 if device_type == "cpu" else max(1, min(3, cores // 5))
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -109,7 +107,7 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         "--frontends",
         type=number(int, 0, 16),
         default=0,
-        help="processes per device that exchange requests with Triton; 0 chooses: 2 or 3 on a GPU, 1 on a CPU",
+        help="processes per device that exchange requests with Triton; 0 means up to 3 on a GPU, 1 on a CPU",
     )
     add(
         "--address",

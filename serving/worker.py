@@ -60,7 +60,10 @@ def main(
         channels = channels[:instances]
         memories = open_memories(channels, stages.limits(options)[1], device)
         count = device_default(options, "executors", device_type)
-        executors = [Executor(stages, options, device, memories) for _ in range(count)]
+        executors = [Executor(stages, options, device, memories)]
+        logging.disable(logging.WARNING)  # the others would say the same
+        executors += [Executor(stages, options, device, memories) for _ in range(count - 1)]
+        logging.disable(logging.NOTSET)
     except ServerError:
         raise
     except Exception as error:  # typically torch's and DALI's, about a GPU whose memory is full
