@@ -36,7 +36,7 @@ def exit_on_error() -> Iterator[None]:
 class Batcher:
     """Takes the requests from the channels, in batches, and never waits for a batch to fill.
 
-    One thread reads requests, and rejects some, while another one computes a batch. Large jobs do not hold up small
+    One thread reads requests, and rejects some, while others compute a batch each. Large jobs do not hold up small
     ones: not all channels can have one, and a small job that arrives while a batch is computed is part of the next one.
     """
 
@@ -50,7 +50,7 @@ class Batcher:
     ):
         """Nothing runs before :meth:`run`.
 
-        What a job makes libraries print is logged with a description of its request. Large jobs of more than
+        What libraries print is logged with a description of the requests in progress. Large jobs of more than
         ``max_batch_weight`` together do not share a batch.
         """
         self._channels = deque(channels)
@@ -59,8 +59,9 @@ class Batcher:
         self._printed = printed
         self._max_batch_size = max_batch_size
         self._max_batch_weight = max_batch_weight
-        self._jobs: list[Job] = []  # that wait for a batch, the oldest first
-        self._arrived = threading.Condition()  # guards the jobs
+        self._queue: list[Job] = []  # the oldest first
+        self._in_progress: list[Job] = []
+        self._arrived = threading.Condition()  # guards both lists
         # A fifth of the channels remains for small jobs, even while clients wait for large files to be encoded.
         self._large = threading.Semaphore(max(1, len(channels) * 4 // 5))
         # At a lower priority than the batches, which keep the device busy. On Linux, niceness applies per thread.
@@ -77,7 +78,7 @@ class Batcher:
         with exit_on_error():
             while True:
                 with self._arrived:
-                    self._arrived.wait_for(lambda: self._jobs)
+                    self._arrived.wait_for(lambda: self._queue)
                     batch = self._next_batch()
                 self._compute(executor, batch)
 
@@ -99,17 +100,18 @@ class Batcher:
             channel.respond(self._executors[0].explain(error))
         else:
             with self._arrived:
-                self._jobs.append(job)
+                self._queue.append(job)
                 self._arrived.notify()
 
     def _next_batch(self) -> list[Job]:
         batch, weight = [], 0.0
-        for job in list(self._jobs):
+        for job in list(self._queue):
             fits = job.weight <= LARGE_WEIGHT or weight + job.weight <= self._max_batch_weight
             if len(batch) < self._max_batch_size and (fits or not batch):
                 batch.append(job)
                 weight += job.weight
-                self._jobs.remove(job)
+                self._queue.remove(job)
+        self._in_progress += batch
         return batch
 
     def _compute(self, executor: Executor, batch: Sequence[Job]) -> None:
@@ -124,7 +126,8 @@ class Batcher:
                 return
             responses = [error]
         if printed := self._printed.read():
-            requests = "; ".join(job.channel.describe_request() for job in batch)
+            with self._arrived:  # so that none of them gets its response now, and its channel the next request
+                requests = "; ".join(job.channel.describe_request() for job in self._in_progress)
             LOGGER.warning('a library printed "%s" while it processed %s', printed, requests)
         for job, response in zip(batch, responses, strict=True):
             if isinstance(response, StoredResponse) and response.deferred:
@@ -143,4 +146,6 @@ class Batcher:
                 response = self._executors[0].explain(response)
             if job.weight > LARGE_WEIGHT:
                 self._large.release()
+            with self._arrived:
+                self._in_progress.remove(job)
             job.channel.respond(response)
