@@ -96,10 +96,13 @@ class Fleet:
             try:
                 channels = open_channels(count, *self._stages.limits(options))
             except (OSError, OverflowError) as error:
-                if getattr(error, "errno", None) == errno.ENOSPC:  # semaphores lie there
+                number = getattr(error, "errno", None)
+                if number == errno.ENOSPC:  # semaphores are there
                     raise UsageError(
                         "/dev/shm is full: remove what killed servers left, see docs/production.md"
                     ) from error
+                if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+                    raise UsageError(f"/dev/shm must be a writable tmpfs, but: {error.strerror}") from error
                 size = self._stages.size_option
                 limit = f"--{size.replace('_', '-')} {getattr(options, size)}: " if size else ""
                 raise UsageError(f"{limit}not enough memory ({error})") from error

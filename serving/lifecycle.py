@@ -25,7 +25,7 @@ FAILURE = signal.SIGRTMIN
 
 
 class Lifecycle:
-    """Stops the server on SIGINT, SIGTERM or a fatal error. The main thread runs inside its ``with`` block.
+    """Stops the server on SIGINT, SIGTERM, SIGHUP or a fatal error. The main thread runs inside its ``with`` block.
 
     A signal leaves the block through SystemExit. A ServerError leaves it with one line on stderr and an exit status.
     """
@@ -42,8 +42,9 @@ class Lifecycle:
         self._pending = False
 
     def __enter__(self) -> "Lifecycle":
-        for number in (signal.SIGINT, signal.SIGTERM, FAILURE):
-            signal.signal(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, FAILURE):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
@@ -61,7 +62,7 @@ class Lifecycle:
             return
         self._stopping = True
         if number == FAILURE:
-            LOGGER.critical(self._reason.tobytes().rstrip(b"\0").decode())
+            LOGGER.critical(self._reason.tobytes().rstrip(b"\0").decode(errors="replace"))
             self._exit_status = 1
         if self._deferred:
             self._pending = True

@@ -53,8 +53,8 @@ class Child:
 
 def _run(parent: int, kind: str, main: Callable[..., None], pipe: object, *arguments: object) -> None:
     """Entry point of a child."""
-    # Ctrl-C in a terminal reaches this process as well. It has requests to finish; the server ends it.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # Ctrl-C in a terminal, or closing it, reaches this process as well. It has requests to finish; the server ends it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     prctl = ctypes.CDLL(None).prctl
     prctl(PR_SET_NAME, kind.encode())

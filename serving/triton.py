@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import socket
 import sys
 import sysconfig
@@ -24,7 +25,6 @@ from types import ModuleType
 import psutil
 import pytriton.triton
 import uvloop
-from pytriton.constants import PYTRITON_HOME
 from pytriton.exceptions import PyTritonError
 from pytriton.triton import TritonConfig, TritonSecurityConfig
 from pytriton.utils.distribution import get_stub_path
@@ -34,6 +34,7 @@ from serving.fleet import Fleet
 from serving.lifecycle import Lifecycle
 from serving.options import DEFAULT_ADDRESS, DEFAULT_PORTS
 from serving.watchdog import Watchdog
+from serving.workspace import create_workspace, find_folder
 
 # Seconds that Triton waits for clients to close their connections when it exits. `docker stop` kills after 10 s.
 EXIT_TIMEOUT_S = 2
@@ -57,9 +58,6 @@ TOKEN = re.compile(r"[\w-]{16,}", re.ASCII)
 # usual 8 MB, a few megabytes from a client crash Triton. A thread's stack takes memory only as far as it is used.
 STACK_BYTES = 1 << 30
 
-# sun_path in unix(7) has 108 bytes, the last of which is NUL.
-SOCKET_PATH_BYTES = 107
-
 LOGGER = logging.getLogger("server")
 
 
@@ -75,26 +73,25 @@ class Triton:
         self._config = _configure(options)
         self._security = _secure(options)
         self._model: dict = {}
+        self._environments: set[Path] = set()
         self._internals = _load_internals()
         _check_ports(self._config)
+        find_folder()
         prepare_environment()
 
     def bind(self, **model: object) -> None:
-        """Remember the model. Takes the arguments of PyTriton's ``bind`` by name. Raises UsageError."""
+        """Remember the model. Takes the arguments of PyTriton's ``bind`` by name."""
         self._model = model
-        _check_home(model["model_name"])
 
     def serve(self, fleet: Fleet) -> None:
         """Start Triton, connect it to the fleet, and serve until a signal arrives.
 
         Leaves through SystemExit or ServerError.
         """
-        try:
-            triton = pytriton.triton.Triton(config=self._config, security_config=self._security)
-        except OSError as error:
-            raise UsageError(
-                f"PyTriton cannot create its workspace: {error}; set PYTRITON_HOME to a folder that can be written to"
-            ) from error
+        workspace = create_workspace(self._model["model_name"])
+        triton = pytriton.triton.Triton(
+            config=self._config, workspace=workspace / "triton", security_config=self._security
+        )
         helpers: list[psutil.Process] = []
         try:
             model = self._internals.bind(triton, **self._model)
@@ -110,14 +107,17 @@ class Triton:
             with Watchdog(*endpoint, self._model["model_name"], self._timeout_s, self._fail_without_responses):
                 triton.serve(monitoring_period_s=1)
             self._lifecycle.ignore_signals()
+            if not workspace.exists():
+                raise ServerError(f"stopping: the workspace {workspace} was deleted")
             raise ServerError("Triton exited unexpectedly; --verbose shows its log")
         except SystemExit:
             self._lifecycle.drain(fleet.traffic, fleet.abandon)
             raise
         finally:
-            self._clean_up(triton, helpers)
+            self._clean_up(triton, helpers, workspace)
 
     def _start(self, triton: pytriton.triton.Triton) -> None:
+        environments = set(Path("/tmp").glob("python_env_*"))
         started = threading.Event()
         threading.Thread(target=_hide_segments, args=(started,), daemon=True).start()
         try:
@@ -128,6 +128,7 @@ class Triton:
             raise ServerError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
         finally:
             started.set()
+            self._environments = set(Path("/tmp").glob("python_env_*")) - environments
 
     def _fail_without_helpers(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process]) -> None:
         # Triton would start another helper, which does not find the memory of the first.
@@ -141,9 +142,10 @@ class Triton:
         # Clients that wait for it are told now. This also ends a server whose signal from fail() is lost.
         _kill(_tritonservers())
 
-    def _clean_up(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process]) -> None:
-        """Stop Triton, and remove what it leaves behind if it was killed or ran out of time."""
+    def _clean_up(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process], workspace: Path) -> None:
+        """Stop Triton, and remove what it leaves behind, also if it was killed or ran out of time."""
         helpers = {*helpers, *_helper_processes()}
+        leftovers = [workspace, *_model_folders(helpers), *self._environments]
         # Triton's own exit timeout does not cover everything that it waits for.
         killer = threading.Timer(2 * EXIT_TIMEOUT_S, _kill, args=[_tritonservers()])
         killer.start()
@@ -159,6 +161,8 @@ class Triton:
                 _kill(psutil.wait_procs(helpers, timeout=1)[1])
                 for segment in _segments():
                     segment.unlink(missing_ok=True)
+                for folder in leftovers:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _configure(options: argparse.Namespace) -> TritonConfig:
@@ -219,17 +223,6 @@ def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(socket.gethostbyname(address)).is_loopback
 
 
-def _check_home(model_name: object) -> None:
-    # Otherwise one of the processes that PyTriton starts would fail, with a traceback.
-    # This is the longest of its paths with up to 1,000 instances.
-    socket_path = PYTRITON_HOME / "workspace_12345678" / f"{model_name}_0_999-server.sock"
-    if len(os.fsencode(socket_path)) > SOCKET_PATH_BYTES:
-        raise UsageError(
-            f"the path of PyTriton's folder, {PYTRITON_HOME}, is too long for the sockets in it: set PYTRITON_HOME to "
-            "a shorter one, such as /tmp/pytriton"
-        )
-
-
 def _check_ports(config: TritonConfig) -> None:
     # Triton itself would fail late, and PyTriton would wait for it for minutes.
     with contextlib.ExitStack() as sockets:
@@ -275,9 +268,12 @@ def prepare_environment() -> None:
     _, highest = resource.getrlimit(resource.RLIMIT_STACK)
     stack_bytes = STACK_BYTES if highest == resource.RLIM_INFINITY else min(STACK_BYTES, highest)
     resource.setrlimit(resource.RLIMIT_STACK, (stack_bytes, highest))
-    # An instance waits for the interpreter lock several times per request, by default up to 5 ms each time.
+    # Clients with many connections would use them up. Triton would then report each one that it cannot accept.
+    _, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))
+    # An instance waits for the GIL several times per request, by default up to 5 ms each time.
     sys.setswitchinterval(0.0005)
-    # PyTriton runs an event loop per instance. This one takes less time under the interpreter lock than Python's own.
+    # PyTriton runs an event loop per instance. This one holds the GIL for less time than Python's own.
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
 
 
@@ -308,6 +304,17 @@ def _helper_processes() -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             helpers += process.children(recursive=True)
     return helpers
+
+
+def _model_folders(helpers: Iterable[psutil.Process]) -> list[Path]:
+    """Return the folders that Triton creates for the model's code. The stub processes run a file in them."""
+    folders = []
+    for helper in helpers:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            folders += [
+                Path(word).parent.parent for word in helper.cmdline() if re.match(r"/tmp/folder\w+/1/model.py", word)
+            ]
+    return folders
 
 
 def _is_named(process: psutil.Process, prefix: str) -> bool:

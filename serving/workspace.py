@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder from which Triton runs, with its sockets: private, and with a path that Triton and PyTriton can take."""
+
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from serving.errors import UsageError
+
+# PyTriton puts the path into commands and URLs without quoting it.
+SAFE_PATH = re.compile(r"[\w./@+-]+", re.ASCII)
+
+# sun_path in unix(7) has 108 bytes, the last of which is NUL.
+SOCKET_PATH_BYTES = 107
+
+LOGGER = logging.getLogger("server")
+
+
+def find_folder(model_name: str = "model") -> Path:
+    """Return a folder in which :func:`create_workspace` can create one: one that Triton can run from.
+
+    It is ``PYTRITON_HOME`` if that is set, or else in the user's cache, or else the one for temporary files. Raises
+    UsageError if Triton cannot run there.
+    """
+    if not os.access("/tmp", os.W_OK | os.X_OK):
+        raise UsageError("Triton needs to create files in /tmp: mount a writable folder there")
+    home = os.environ.get("PYTRITON_HOME")
+    problem = ""
+    for folder in [Path(home).resolve()] if home else _default_folders():
+        if problem:
+            LOGGER.info("workspace: in %s, because %s", folder, problem)
+        if not (problem := _find_problem(folder, model_name)):
+            return folder
+    raise UsageError(f"{problem}: set PYTRITON_HOME to another folder, such as /tmp/pytriton")
+
+
+def create_workspace(model_name: str) -> Path:
+    """Create a private folder and return its path. Raises UsageError."""
+    return Path(tempfile.mkdtemp(prefix="workspace_", dir=find_folder(model_name)))
+
+
+def _default_folders() -> list[Path]:
+    temporary = Path(tempfile.gettempdir())
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # the user has no home
+        return [temporary]
+    return [cache.resolve() / "pytriton", temporary]
+
+
+def _find_problem(folder: Path, model_name: str) -> str:
+    # This is the longest of its paths with up to 1,000 instances.
+    socket_path = folder / "workspace_12345678" / "triton" / f"{model_name}_0_999-server.sock"
+    if not SAFE_PATH.fullmatch(str(folder)):
+        return f"the path of PyTriton's folder, {str(folder)!r}, has characters that Triton cannot take"
+    if len(str(socket_path)) > SOCKET_PATH_BYTES:
+        return f"the path of PyTriton's folder, {folder}, is too long for the sockets in it"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return f"PyTriton cannot create its workspace: {error}"
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        return f"PyTriton's folder, {folder}, is on a file system that is mounted noexec"
+    return ""
