@@ -130,6 +130,7 @@ def test_chunks_and_compressed_bodies_are_refused(proxy):
         (("Inference-Header-Content-Length: 18446744073709551616", "Content-Length: 9"), 413),
         (("Inference-Header-Content-Length: -1", "Content-Length: 9"), 400),
         (("Inference-Header-Content-Length: 0x9", "Content-Length: 9"), 400),
+        (("Inference-Header-Content-Length: 010", "Content-Length: 99"), 400),  # 8 or 10
         ((RAW, "Content-Length: -9"), 400),
         ((RAW,), 411),
     ],
