@@ -8,6 +8,9 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \
     PYTHONUNBUFFERED=1
 
+# For deploy/compose.yaml
+RUN apt-get update && apt-get install --yes --no-install-recommends tini && rm -rf /var/lib/apt/lists/*
+
 # Run the server as an unprivileged user. To keep torch's download cache, mount a volume on it.
 RUN useradd --create-home --uid 1000 app && install -d -o app /app /home/app/.cache /home/app/.cache/torch
 WORKDIR /app

@@ -17,24 +17,32 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc
-from conftest import PHOTO, PROTOCOLS, Server, decode, encode, running_together, start_toy
+from conftest import PHOTO, PROTOCOLS, Server, decode, encode, running_together, start_toy, wait_for
 from front_door import (
+    GRPC_HEADERS,
+    H2_PREFACE,
     KEY,
     NEEDS_NGINX,
     SERVICE,
     Proxy,
     access_token,
+    connected,
     described,
     grpc_refusal,
     grpc_status,
+    h2_data,
+    h2_request,
     infer_message,
     infer_refusal,
     make_certificate,
     refusal,
+    send,
     status,
 )
 from PIL import Image
 from tritonclient.grpc import service_pb2
+
+from client import Connection
 
 INFER, RAW = "/v2/models/Toy/infer", "Inference-Header-Content-Length: 0"
 SENTENCES = {
@@ -130,6 +138,7 @@ def test_chunks_and_compressed_bodies_are_refused(proxy):
         (("Inference-Header-Content-Length: 18446744073709551616", "Content-Length: 9"), 413),
         (("Inference-Header-Content-Length: -1", "Content-Length: 9"), 400),
         (("Inference-Header-Content-Length: 0x9", "Content-Length: 9"), 400),
+        (("Inference-Header-Content-Length: 010", "Content-Length: 99"), 400),  # 8 or 10
         ((RAW, "Content-Length: -9"), 400),
         ((RAW,), 411),
     ],
@@ -445,6 +454,68 @@ def test_a_message_that_says_anything_else_than_a_photo_needs_is_refused(proxy, 
     assert re.search(sentence, said), said
     assert said.isascii()
     assert "secret" not in said
+
+
+@pytest.fixture(scope="module")
+def both(servers) -> Iterator[Proxy]:
+    """A proxy in front of two servers."""
+    with Proxy([*servers.values()], api_keys=f"{KEY} alice;\n") as proxy:
+        yield proxy
+
+
+ANOTHER_TYPE = (("content-type", "text/plain"), ("te", "trailers"))
+INVALID, UNIMPLEMENTED = "3", "12"
+
+
+@NEEDS_NGINX
+@pytest.mark.parametrize(
+    ("method", "headers", "expected"),
+    [
+        ("POST", (*GRPC_HEADERS, ("grpc-timeout", "5")), INVALID),
+        ("POST", (*GRPC_HEADERS, ("grpc-timeout", "")), INVALID),
+        ("POST", (*GRPC_HEADERS, ("grpc-timeout", "-1S")), INVALID),
+        ("POST", (*GRPC_HEADERS, ("grpc-timeout", "123456789S")), INVALID),
+        ("POST", (*GRPC_HEADERS, ("grpc-timeout", "1S"), ("grpc-timeout", "x")), INVALID),
+        ("POST", (*GRPC_HEADERS, ("grpc-previous-rpc-attempts", "x")), INVALID),
+        ("POST", (*GRPC_HEADERS, ("grpc-retry-pushback-ms", "x")), INVALID),
+        ("POST", (*GRPC_HEADERS, ("grpc-internal-encoding-request", "x")), INVALID),
+        ("POST", (*GRPC_HEADERS, ("grpc-status", "x")), INVALID),
+        ("POST", (*GRPC_HEADERS, ("x-bin", "!!!!")), INVALID),
+        ("POST", (*GRPC_HEADERS, ("lb-cost-bin", "AA")), INVALID),
+        ("POST", ANOTHER_TYPE, INVALID),
+        ("POST", (*GRPC_HEADERS, ("content-type", "application/grpcx")), INVALID),
+        ("HEAD", GRPC_HEADERS, UNIMPLEMENTED),
+        ("OPTIONS", GRPC_HEADERS, UNIMPLEMENTED),
+        # These reach the server, which answers them.
+        ("POST", (*GRPC_HEADERS, ("grpc-timeout", "0S")), "4"),
+        ("POST", (*GRPC_HEADERS, ("grpc-timeout", "99999999H"), ("grpc-accept-encoding", "gzip,,x")), "0"),
+        ("POST", (*GRPC_HEADERS, ("connection", "close"), ("x", "\x7f"), ("lb-token", "x")), "0"),
+        ("POST", GRPC_HEADERS[:1], "2"),
+    ],
+)
+def test_no_headers_of_a_call_make_the_proxy_give_up_the_servers(both, method, headers, expected):
+    """If a server resets two calls, nginx gives it no others for 10 s. This needs no key."""
+    before, path = len(both.grpc_statuses()), f"{SERVICE}/ServerLive"
+    streams = range(1, 12, 2)
+    calls = [h2_request(stream, method, path, *headers) + h2_data(stream, bytes(5)) for stream in streams]
+    with connected(both.grpc_port) as connection:
+        send(connection, H2_PREFACE + b"".join(calls))
+        wait_for(lambda: len(both.grpc_statuses()) == before + len(streams))
+    assert set(both.grpc_statuses()[before:]) == {expected}
+    good = Connection(both.url("grpc"), "Toy", api_key=KEY)
+    assert all(good.infer(PHOTO, ("mean",))["mean"].shape == (1, 3) for _ in range(4))
+
+
+@NEEDS_NGINX
+def test_no_health_check_over_http_makes_the_proxy_give_up_the_servers(both):
+    for path in ("/v2/health/live", "/v2/models/Toy/ready"):
+        for headers in ((), ("Content-Length: 1000",), ("Content-Length: 0", "Upgrade: h2c", "TE: x")):
+            body = bytes(1000) if "1000" in str(headers) else b""
+            assert {status(both.http_port, "GET", path, *headers, body=body) for _ in range(6)} == {200}
+    chunks = b"3\r\nabc\r\n0\r\n\r\n"
+    assert status(both.http_port, "GET", "/v2/health/live", "Transfer-Encoding: chunked", body=chunks) == 200
+    good = Connection(both.url("http"), "Toy", api_key=KEY)
+    assert all(good.infer(PHOTO, ("mean",))["mean"].shape == (1, 3) for _ in range(4))
 
 
 @pytest.fixture(scope="module")

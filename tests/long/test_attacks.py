@@ -6,6 +6,7 @@ A good client uses the proxy all along. After each attack, nothing has changed f
 
 import contextlib
 import functools
+import http.client
 import json
 import operator
 import random
@@ -25,6 +26,7 @@ import psutil
 import pytest
 from conftest import PHOTO, PROTOCOLS, Server, decode, encode, running_toy, wait_for
 from front_door import (
+    ATTACKER,
     END_STREAM,
     GRPC_HEADERS,
     H2_PREFACE,
@@ -350,6 +352,41 @@ def test_what_triton_would_pay_dearly_for_costs_nothing(front_door, attack):
     with ThreadPoolExecutor(6) as pool:
         assert set(pool.map(send_one, range(18))) <= {400, grpc.StatusCode.INVALID_ARGUMENT}
     assert front_door.server.memory().total() - before < 50 * MEGABYTE  # the good client goes on
+
+
+@pytest.mark.parametrize("through", ["proxy", "server"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_thousands_of_empty_bodies_leave_nothing_behind(front_door, protocol, through):
+    attacked = getattr(front_door, through)
+
+    def send_over_http(count: int) -> None:
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", attacked.http_port, source_address=(ATTACKER, 0))
+        ) as connection:
+            for _ in range(count):
+                connection.request("POST", INFER, headers={"Inference-Header-Content-Length": "0"})
+                answer = connection.getresponse()
+                answer.read()
+                assert answer.status == (400 if through == "proxy" else 500)
+                time.sleep(0.001)  # more than 1,000 per second are refused
+
+    def send_over_grpc(count: int) -> None:
+        message = infer_message(b"").SerializeToString()
+        expected = grpc.StatusCode.INVALID_ARGUMENT if through == "proxy" else grpc.StatusCode.INTERNAL
+        with grpc.insecure_channel(f"127.0.0.1:{attacked.grpc_port}") as channel:
+            for _ in range(count):
+                with pytest.raises(grpc.RpcError) as error:
+                    channel.unary_unary(MODEL_INFER)(message)
+                assert error.value.code() is expected
+                time.sleep(0.0005)
+
+    send = send_over_http if protocol == "http" else send_over_grpc
+    send(500)
+    memory, shared = front_door.server.memory().total(), front_door.server.shared_memory()
+    send(5000)
+    # The good client goes on, too.
+    assert front_door.server.memory().total() - memory < 50 * MEGABYTE
+    assert front_door.server.shared_memory() - shared < 10 * MEGABYTE  # PyTriton kept 6.6 KB of each
 
 
 @pytest.mark.parametrize("seed", range(5))

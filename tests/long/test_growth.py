@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Photos that are refused leave nothing behind: no memory, no process."""
 
+import math
+import shutil
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
-from conftest import PHOTO, PROTOCOLS, encode, running_server, sample, with_chunk
+from conftest import PHOTO, PROTOCOLS, encode, running_server, running_toy, sample, with_chunk, with_tmpfs
+from PIL import Image
 
 from client import Connection, InferenceError
+from photo import max_photo_bytes
+from serving.memory import SHM_BYTES_PER_BYTE, SHM_BYTES_PER_INSTANCE
 
 PICTURE = sample("person")
 PNG = encode(PICTURE, "PNG")
@@ -69,3 +75,32 @@ def test_nothing_grows_and_nothing_restarts_while_photos_are_refused(tmp_path):
         for protocol in PROTOCOLS:
             assert server.connect(protocol).infer(PHOTO)["segmented"].any(axis=3).mean() > 0.3
         assert "Traceback" not in server.log.read_text()
+
+
+def test_the_largest_photos_that_fail_fit_into_the_shared_memory_that_the_server_counts_on(tmp_path):
+    """A full /dev/shm would end the server with a bus error. This one has not a byte more than the server wants."""
+    instances, side = 14, 2000
+    size, answer = max_photo_bytes(side**2), 3 * side**2 + 64
+    wanted = instances * (SHM_BYTES_PER_INSTANCE + math.ceil(SHM_BYTES_PER_BYTE * (size + answer)))
+    noise = np.random.default_rng(0).integers(0, 256, size, np.uint8).tobytes()
+    good = encode(Image.frombytes("RGB", (side, side), 2 * noise, "raw"), "JPEG", quality=100)
+    # Each is refused in another place, and has the largest size that is not refused at once.
+    bad = [noise, bytes(size), b"BM" + noise[2:], PHOTO[:5000] + noise[5000:], PNG[:33] + noise[33:], b"x" + noise]
+
+    options = ("--instances", instances, "--max-queue", 64, "--max-pixels", side**2)
+    prefix = with_tmpfs("/dev/shm", f"{math.ceil(wanted / 4096) * 4}k")
+    with running_toy(tmp_path / "log", *options, prefix=prefix) as server:
+        assert "SHARED MEMORY" not in server.log.read_text()
+        used = []
+
+        def send(client: int) -> None:
+            connection = server.connect(PROTOCOLS[client % 2])
+            for encoded in [good, *bad] * 4:
+                refuse(connection, encoded) if encoded in bad else connection.infer(encoded)
+                used.append(shutil.disk_usage(f"/proc/{server.process.pid}/root/dev/shm").used)
+
+        with ThreadPoolExecutor(2 * instances) as pool:
+            list(pool.map(send, range(2 * instances)))
+        print(f"{max(used) / 1e6:.0f} of {wanted / 1e6:.0f} MB of /dev/shm were used")  # pytest -rP shows it
+        assert server.process.poll() is None
+        assert (server.connect("http").infer(PHOTO)["mean"] > 0).all()

@@ -3,7 +3,9 @@
 
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,8 +134,37 @@ def test_in_compose_only_the_proxy_can_be_reached():
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
-        assert service["restart"].startswith("on-failure")
+        assert service["restart"] == "on-failure"
         assert "container_name" not in service  # --scale
+
+
+@pytest.mark.skipif(not shutil.which("tini"), reason="needs tini: apt install tini")
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["-c", "raise SystemExit(0)"], 0),
+        (["-c", "raise SystemExit(1)"], 1),
+        (["-c", "import os; os.kill(os.getpid(), 9)"], 128 + signal.SIGKILL),
+        ([ROOT / "server.py", "--threshold", "1.5"], 0),  # status 2
+    ],
+)
+def test_compose_restarts_the_server_after_any_failure_but_status_2(arguments, expected):
+    entrypoint = COMPOSE["services"]["server"]["entrypoint"]
+    assert f" {entrypoint[0]} " in (ROOT / "Dockerfile").read_text()
+    finished = subprocess.run([*entrypoint, sys.executable, *arguments], check=False, capture_output=True, text=True)
+    assert finished.returncode == expected
+    assert ("--threshold: must be" in finished.stderr) == ("--threshold" in arguments)
+
+
+@pytest.mark.skipif(not shutil.which("tini"), reason="needs tini: apt install tini")
+def test_in_compose_a_signal_reaches_the_server():
+    entrypoint = COMPOSE["services"]["server"]["entrypoint"]
+    wait = "import signal; print('waits', flush=True); raise SystemExit(signal.sigwait([signal.SIGTERM]) == 9)"
+    block = f"import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); {wait}"
+    with subprocess.Popen([*entrypoint, sys.executable, "-c", block], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.terminate()
+        assert process.wait(timeout=10) == 0
 
 
 def test_the_two_lists_of_servers_differ_in_their_addresses_only():
