@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/your-own-network.md: the classifier on the page, and another segmentation network.
+"""docs/your-own-network.md: the classifier on the page, another segmentation network, and other kinds of servers.
 
 The segmentation network has its own weights, and many options.
 """
@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pytest
 import torch
+import tritonclient.grpc
+import tritonclient.http
 from conftest import OFFLINE, PHOTO, PROTOCOLS, ROOT, Server, decode, encode, iou, psnr, running_together, sample
 from torchvision.models import ResNet50_Weights, get_model
 from torchvision.models.segmentation import FCN_ResNet50_Weights
@@ -73,7 +75,7 @@ def found(segmenter) -> tuple[str, float, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory, classifier, segmenter, found) -> Iterator[Mapping[str, Server]]:
-    """The servers of the page. Both at once, which is faster."""
+    """The servers of the page, and two of other kinds. All at once, which is faster."""
     folder = tmp_path_factory.mktemp("own")
     torch.save(classifier.state_dict(), folder / "classifier.pth")
     torch.save(segmenter.state_dict(), folder / "fcn.pth")
@@ -96,9 +98,23 @@ def servers(tmp_path_factory, classifier, segmenter, found) -> Iterator[Mapping[
         ),
         # The page says to change server.py. This copy imports what is beside it.
         "FCN": start("fcn", *options, *small, script=folder / "fcn_server.py", environment={"PYTHONPATH": str(ROOT)}),
+        "text": start("text", script=ROOT / "tests" / "text_server.py", model_name="Words"),
+        "pair": start("pair", script=ROOT / "tests" / "pair_server.py", model_name="SideBySide"),
     }
     with running_together(servers) as running:
         yield running
+
+
+def infer(server: Server, protocol: str, inputs: Mapping[str, np.ndarray], *outputs: str) -> list[np.ndarray]:
+    """Call a server with Triton's own client. Inputs and outputs are without a batch dimension."""
+    triton, url = (tritonclient.http, server.http_url) if protocol == "http" else (tritonclient.grpc, server.grpc_url)
+    tensors = []
+    for name, array in inputs.items():
+        tensors.append(triton.InferInput(name, (1, *array.shape), "BYTES" if array.dtype == object else "UINT8"))
+        tensors[-1].set_data_from_numpy(array[None])
+    with triton.InferenceServerClient(url.partition("://")[2]) as client:
+        result = client.infer(server.model_name, tensors)
+    return [result.as_numpy(name)[0] for name in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +202,35 @@ def test_the_network_changes_with_one_line_and_the_server_does_what_its_options_
     with pytest.raises(InferenceError, match="this server accepts at most 300000 pixels"):
         connection.infer(encode(sample("person", (600, 600)), "JPEG"))
     assert "DEMONSTRATION" not in servers["FCN"].log.read_text()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_server_takes_and_returns_any_number_of_strings(servers, protocol):
+    for texts in (["two words", "", "größer  als"], ["word"] * 1000, ["x" * 100_000]):
+        array = np.array([text.encode() for text in texts], object)
+        words, counts = infer(servers["text"], protocol, {"texts": array}, "words", "counts")
+        assert words.tolist() == [word.encode() for text in texts for word in text.upper().split()]
+        assert counts.tolist() == [len(text.split()) for text in texts]
+    for texts, reason in (
+        ([b"\xff"], "the texts must be UTF-8"),
+        ([b" ", b""], "the texts have no words"),
+        ([b"x" * 100_001], "the texts have more than 100000 characters"),
+        ([b"x" * 1_000_000], "the inputs or parameters of the request are too long"),
+    ):
+        with pytest.raises(tritonclient.utils.InferenceServerException, match=f"InvalidRequest: {reason}"):
+            infer(servers["text"], protocol, {"texts": np.array(texts, object)})
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_server_takes_two_images_of_different_sizes(servers, protocol):
+    left, right = np.asarray(sample("person", (300, 200))), np.asarray(sample("cat", (170, 400)))
+    (both,) = infer(servers["pair"], protocol, {"left": left, "right": right}, "both")
+    assert both.shape == (400, 470, 3)
+    np.testing.assert_array_equal(both[:200, :300], left)
+    np.testing.assert_array_equal(both[:, 300:], right)
+    assert not both[200:, :300].any()
+    with pytest.raises(tritonclient.utils.InferenceServerException, match="at most 1000 pixels wide and high"):
+        infer(servers["pair"], protocol, {"left": np.zeros((1, 1001, 3), np.uint8), "right": right})
 
 
 def test_a_running_server_outlives_changes_of_its_weights_and_stops_cleanly(servers):
