@@ -37,10 +37,11 @@ class Checked:
 
 
 class Stages(abc.ABC):
-    """Turns requests into jobs, and batches of jobs into outputs. Each worker process has one object.
+    """Turns requests into jobs, and batches of jobs into outputs. Each executor of a worker process has one object.
 
-    One thread creates and calls it. On a GPU, it has its own CUDA stream, which is torch's current stream in the
-    constructor and in all calls. Another thread calls ``read`` and ``weigh``, also while a batch is computed.
+    One thread calls it. On a GPU, it has its own CUDA stream, which is torch's current stream in the constructor and in
+    all calls. Another thread calls ``read`` and ``weigh`` of the first object, also while a batch is computed. Any
+    object may compute the job.
     """
 
     # The option, a whole number, with which the limits grow. If /dev/shm is too small, the server lowers it.

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmark.cpu import kind  # noqa: E402 - the project is not a package
 from client import Connection, InferenceError  # noqa: E402
 from photo import Photo, read_photo  # noqa: E402
-from serving.memory import AnswerMemory  # noqa: E402
+from serving.memory import ResponseMemory  # noqa: E402
 from tools.launch import DIRECT, LaunchedServer  # noqa: E402
 
 encode = hostile_photos.encode
@@ -326,12 +326,12 @@ def http_request(photo: bytes, model_name: str = MODEL_NAME) -> bytes:
     return head.encode() + photo
 
 
-_memories: list[AnswerMemory] = []
+_memories: list[ResponseMemory] = []
 
 
-def answer_memory(size: int, device: str) -> AnswerMemory:
+def answer_memory(size: int, device: str) -> ResponseMemory:
     """Return memory for an answer. It stays until the end of the process, because it may be pinned."""
-    _memories.append(AnswerMemory(np.frombuffer(mmap.mmap(-1, size), np.uint8), device))
+    _memories.append(ResponseMemory(np.frombuffer(mmap.mmap(-1, size), np.uint8), device))
     return _memories[-1]
 
 

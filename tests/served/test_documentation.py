@@ -67,6 +67,15 @@ def test_the_links_of_the_documentation_lead_somewhere():
             assert (page.parent / path).exists(), f"{path} in {page.name}"
 
 
+def test_the_log_lines_that_the_documentation_quotes_exist():
+    code = "".join(path.read_text() for path in (ROOT / "serving").glob("*.py"))
+    lines = [line for page in ROOT.glob("docs/*.md") for line in re.findall(r"`(stopping: \w[^`]*)`", page.read_text())]
+    assert len(lines) > 5
+    for line in lines:
+        for part in re.split(r"\d+", line):  # seconds
+            assert part in code, line
+
+
 def test_the_table_of_promises_names_tests_that_exist():
     names = re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", (ROOT / "tests" / "README.md").read_text())
     assert len(names) > 50

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 FILES = [path for path in ROOT.rglob("*.py") if not {".venv", "tests"} & {*path.relative_to(ROOT).parts}]
@@ -26,7 +27,8 @@ def imports(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            modules = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= modules if modules <= MODULES.keys() else {node.module, *modules}
     return names & MODULES.keys()
 
 
@@ -35,6 +37,15 @@ def test_serving_imports_nothing_from_the_rest_of_the_project():
     assert len(serving) > 5
     for path in serving:
         assert {name for name in imports(path) if name.split(".")[0] != "serving"} == set(), path
+
+
+def test_an_example_needs_no_other_server_and_nothing_needs_it():
+    examples = {name for name in MODULES if name.startswith("examples.")}
+    assert examples
+    for name, path in MODULES.items():
+        used = {module.split(".")[0] for module in imports(path)}
+        assert "examples" not in used, path
+        assert name not in examples or used <= {"photo", "pipelines", "serving"}, path
 
 
 def test_there_is_no_import_cycle():
@@ -52,9 +63,10 @@ def modules_after(code: str) -> set[str]:
     return {*done.stdout.split()}
 
 
-def test_a_mistyped_option_does_not_wait_for_torch_and_dali():
+@pytest.mark.parametrize("module", ["server", "examples.classifier"])
+def test_a_mistyped_option_does_not_wait_for_torch_and_dali(module):
     modules = modules_after(
-        "import server\ntry:\n    server.parse_options(['--nonsense'])\nexcept SystemExit:\n    pass"
+        f"import {module} as server\ntry:\n    server.parse_options(['--nonsense'])\nexcept SystemExit:\n    pass"
     )
     assert not modules & {"torch", "torchvision", "nvidia.dali"}
 
