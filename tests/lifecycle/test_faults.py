@@ -167,7 +167,7 @@ class Broken:
 # A signal that arrives while Python runs a destructor or a callback raises SystemExit there, and Python ignores it.
 LOSE_SIGNALS = """
 from serving.lifecycle import Lifecycle
-Lifecycle._on_signal = lambda self, *_: self.finish()
+Lifecycle._on_signal = lambda self, *_: self.ignore_signals()
 """
 
 
@@ -278,14 +278,14 @@ def test_a_worker_that_hangs_ends_the_server_after_its_timeout(broken):
         assert answered == 0
         assert re.search("the server took too long and is stopping|is stopping because its worker is gone", said)
     # Not after twice its timeout.
-    assert 2.9 < broken["hanging worker"].seconds_until("stopping: a worker has answered no request for 3 s") < 5
+    assert 2.9 < broken["hanging worker"].seconds_until("stopping: a worker has responded to no request for 3 s") < 5
 
 
 def test_a_triton_that_hangs_ends_the_server_after_its_timeout(broken):
     log = broken["hanging Triton"].assert_it_ends(1)
     assert "Traceback" not in log
     # The first of the checks that fail may begin a second after Triton hangs.
-    assert 2.9 < broken["hanging Triton"].seconds_until("stopping: Triton has not answered for 3 s") < 6
+    assert 2.9 < broken["hanging Triton"].seconds_until("stopping: Triton has not responded for 3 s") < 6
 
 
 def test_a_killed_server_takes_its_workers_along(broken):

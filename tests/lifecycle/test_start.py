@@ -236,7 +236,7 @@ def test_without_shared_memory_the_server_says_how_to_get_it(tmp_path):
         assert server.process.wait(timeout=30) == 2
         line = server.log.read_text().splitlines()[-1]
         assert line.startswith(
-            "toy_server.py: /dev/shm has only 1 MB free, too little for any photo: use docker run --shm"
+            "toy_server.py: /dev/shm has only 1 MB free, too little for any request: use docker run --shm"
         )
 
 
@@ -262,7 +262,7 @@ def test_a_signal_right_after_the_fork_of_a_worker_leaves_no_process_behind(tmp_
 
 PARENT_DIES_FIRST = """
 import ctypes, os, signal, time
-import serving.worker
+import serving.processes
 
 class Ctypes:
     def CDLL(self, name):
@@ -272,7 +272,7 @@ class Ctypes:
             time.sleep(0.01)
         return ctypes.CDLL(name)
 
-serving.worker.ctypes = Ctypes()
+serving.processes.ctypes = Ctypes()
 """
 
 
