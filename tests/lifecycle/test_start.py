@@ -247,6 +247,24 @@ def test_a_signal_while_the_workers_start_ends_the_server(tmp_path):
         assert server.left_behind() == []
 
 
+def test_a_frontend_that_is_killed_while_the_worker_starts_is_noticed_if_it_is_needed(tmp_path):
+    with start_toy(tmp_path / "needed", "--start", "slow") as server:
+        wait_for(lambda: len(server.processes("frontend")) >= 2)  # as for a GPU
+        server.processes("frontend")[0].kill()
+        assert server.process.wait(timeout=30) == 1
+        lines = server.log.read_text().splitlines()
+        assert [line for line in lines if "INFO" not in line] == lines[-1:]
+        assert lines[-1].endswith("CRITICAL server: stopping: a frontend exited")
+        assert server.left_behind() == []
+    with start_toy(tmp_path / "idle", "--start", "slow") as server:
+        wait_for(lambda: len(server.processes("frontend")) >= 2)
+        server.processes("frontend")[-1].kill()
+        server.wait_until_ready()
+        assert len(server.processes("frontend")) == 1
+        assert server.stop() == 0
+        assert "Traceback" not in server.log.read_text()
+
+
 SIGNAL_AFTER_FORK = """
 import os, signal
 os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
