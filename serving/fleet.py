@@ -144,10 +144,8 @@ class Fleet:
                     self.instances.append(device.instances[position])
                     self.instances[-1].max_request_bytes = device.report.max_request_bytes
         for device in self._devices:
-            for idle in [process for process in device.frontends if not process.numbers]:
-                idle.pipe.send(None)
-                idle.process.join()
-                device.frontends.remove(idle)
+            kill_all([process for process in device.frontends if not process.numbers])
+            device.frontends = [process for process in device.frontends if process.numbers]
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
         # Once more, next to the line that says that the server is ready, where they are hard to miss.
@@ -178,9 +176,7 @@ class Fleet:
         """Make the frontends serve the model that Triton has loaded. Raises ServerError."""
         frontends = [(device, process) for device in self._devices for process in device.frontends]
         for device, process in frontends:
-            process.pipe.send(
-                frontend.Assignment(model.triton_config, device.report.max_request_bytes, process.numbers)
-            )
+            process.send(frontend.Assignment(model.triton_config, device.report.max_request_bytes, process.numbers))
         for _, process in frontends:
             if not process.pipe.poll(CONNECT_TIMEOUT_S):
                 raise ServerError(f"a frontend did not start within {CONNECT_TIMEOUT_S} s")

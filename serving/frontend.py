@@ -31,13 +31,11 @@ class Assignment:
 
 
 def main(pipe: Connection, instances: Sequence[Instance], heartbeat: np.ndarray) -> None:
-    """Receive an Assignment, serve it, and confirm with True. Returns if there is none, or if a handler has ended.
+    """Receive an Assignment, serve it, and confirm with True. Returns if a handler has ended.
 
     ``heartbeat`` is float64 ``[1]``, which changes as long as this process is not stuck.
     """
-    assignment: Assignment | None = pipe.recv()
-    if assignment is None:
-        return
+    assignment: Assignment = pipe.recv()
     from serving.pytriton_internals import start_handlers
 
     assigned = {number: instances[position] for position, number in assignment.numbers.items()}

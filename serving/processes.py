@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server's child processes: forked from it, connected by a pipe, and never alive without it."""
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -37,11 +38,16 @@ class Child:
         """What ``multiprocessing.connection.wait`` takes to wait for the end of the process."""
         return self.process.sentinel
 
+    def send(self, message: object) -> None:
+        """Send an object to the child. If the child has exited, :meth:`receive` says so."""
+        with contextlib.suppress(ConnectionError):
+            self.pipe.send(message)
+
     def receive(self) -> object:
         """Return the next object that the child sends. Raises ServerError: the child's, or if it has exited."""
         try:
             message = self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self.process.join()
             code = self.process.exitcode
             how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name

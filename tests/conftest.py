@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Servers, started as a user starts them, and what several tests need to talk to them."""
 
+import argparse
 import contextlib
 import io
-import mmap
 import os
 import shutil
 import signal
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import hostile_photos
@@ -27,7 +27,11 @@ sys.path.insert(0, str(ROOT))
 from benchmark.cpu import kind  # noqa: E402 - the project is not a package
 from client import Connection, InferenceError  # noqa: E402
 from photo import Photo, read_photo  # noqa: E402
-from serving.memory import ResponseMemory  # noqa: E402
+from serving.arrays import unpack  # noqa: E402
+from serving.channel import Channel, open_channels  # noqa: E402
+from serving.executor import Executor, Job, open_memories  # noqa: E402
+from serving.memory import ResponseMemory, StoredResponse  # noqa: E402
+from serving.stages import Stages  # noqa: E402
 from tools.launch import DIRECT, LaunchedServer  # noqa: E402
 
 encode = hostile_photos.encode
@@ -326,13 +330,40 @@ def http_request(photo: bytes, model_name: str = MODEL_NAME) -> bytes:
     return head.encode() + photo
 
 
-_memories: list[ResponseMemory] = []
+_running: list["RunningStages"] = []
 
 
-def answer_memory(size: int, device: str) -> ResponseMemory:
-    """Return memory for an answer. It stays until the end of the process, because it may be pinned."""
-    _memories.append(ResponseMemory(np.frombuffer(mmap.mmap(-1, size), np.uint8), device))
-    return _memories[-1]
+class RunningStages:
+    """Stages as a worker runs them, without Triton and in this process."""
+
+    def __init__(self, stages: type[Stages], options: argparse.Namespace, device: str):
+        """Create them, and compute their example."""
+        _running.append(self)  # until the end of the process, because its memory may be pinned
+        self.device = device
+        self._limits = stages.limits(options)
+        self._memories: dict[Channel, ResponseMemory] = {}
+        self._open_channel()
+        self._executor = Executor(stages, options, device, self._memories)
+        self.stages = self._executor.stages
+
+    def _open_channel(self) -> Channel:
+        (channel,) = open_channels(1, *self._limits)
+        self._memories |= open_memories([channel], self._limits[1], self.device)
+        return channel
+
+    def job(self, content: object) -> Job:
+        """Return a job for the stages, with a channel of its own."""
+        return Job(self._open_channel(), content, self.stages.weigh(content))
+
+    def __call__(self, jobs: Sequence[Job]) -> list[dict[str, np.ndarray] | Exception]:
+        """Return the outputs of each job, or why it failed. They are valid until its next call."""
+        responses = zip(jobs, self._executor.compute(jobs), strict=True)
+        return [complete(job.channel.response_memory, response) for job, response in responses]
+
+
+def complete(memory: np.ndarray, response: StoredResponse | Exception) -> dict[str, np.ndarray] | Exception:
+    """Return what a client gets, from the memory of the response."""
+    return response if isinstance(response, Exception) else unpack(memory, response.complete())
 
 
 def sample(class_name: str, size: tuple[int, int] | None = None) -> Image.Image:

@@ -148,6 +148,10 @@ class Broken:
         self.server.processes(kind)[0].suspend()
         self.broken_at = datetime.now()
 
+    def kill(self, kind: str, index: int = 0) -> None:
+        """Kill a process, as the system does if memory runs out."""
+        self.server.processes(kind)[index].kill()
+
     def seconds_until(self, said: str) -> float:
         """Return when the log has a line, the only critical one, in seconds after it broke."""
         (line,) = [line for line in self.server.log.read_text().splitlines() if " CRITICAL server: " in line]
@@ -155,19 +159,29 @@ class Broken:
         logged = datetime.strptime(" ".join(line.split()[:2]), "%Y-%m-%d %H:%M:%S,%f")
         return (logged - self.broken_at).total_seconds()
 
-    def assert_it_ends(self, status: int) -> str:
-        """Wait for the end of the server, and return its log. Nothing is left behind, and all clients were told."""
-        assert self.server.process.wait(timeout=30) == status
+    def assert_it_ends(self, said: str) -> str:
+        """Wait for the end of the server, with status 1 and one line that says why, and return its log.
+
+        Nothing is left behind, and all clients were told.
+        """
+        assert self.server.process.wait(timeout=30) == 1
         for client in self.clients:
             client.result()
         assert self.server.left_behind() == []
-        return self.server.log.read_text()
+        log = self.server.log.read_text()
+        reasons = [line for line in log.splitlines() if " CRITICAL server: " in line or ".py: " in line]
+        assert len(reasons) == 1, log
+        assert said in reasons[0]
+        assert "Traceback" not in log
+        return log
 
+
+FRONTENDS = ("--frontends", 2, "--instances", 4)
 
 # A signal that arrives while Python runs a destructor or a callback raises SystemExit there, and Python ignores it.
 LOSE_SIGNALS = """
 from serving.lifecycle import Lifecycle
-Lifecycle._on_signal = lambda self, *_: self.finish()
+Lifecycle._on_signal = lambda self, *_: self.ignore_signals()
 """
 
 
@@ -198,34 +212,45 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
         "killed worker": start_toy(folder / "worker"),
         "exiting worker": start_toy(folder / "exit"),
         "killed helper": start_toy(folder / "helper"),
+        "killed store": start_toy(folder / "store"),
+        "killed first frontend": start_toy(folder / "first", *FRONTENDS),
+        "killed last frontend": start_toy(folder / "last", *FRONTENDS),
+        "hanging frontend": start_toy(folder / "frontend", *FRONTENDS, "--triton-timeout-s", 3),
         "killed Triton": start_toy(folder / "triton"),
         "killed Triton, lost signal": start_toy(folder / "signal", script=patched(folder / "lose", LOSE_SIGNALS)),
         "killed Triton, noticed late": start_toy(folder / "late", script=patched(folder / "notice", NOTICE_LATE)),
-        "killed server": start_toy(folder / "server"),
+        "killed server": start_toy(folder / "server", *FRONTENDS),
         "hanging worker": start_toy(folder / "hanging", "--instances", 2, "--worker-timeout-s", 3),
         "hanging Triton": start_toy(folder / "silent", "--triton-timeout-s", 3),
     }
-    with running_together(servers), ThreadPoolExecutor(40) as pool:
+    with running_together(servers), ThreadPoolExecutor(100) as pool:
         broken = {what: Broken(server, pool) for what, server in servers.items()}
         broken["hanging worker"].server.connect("http").infer(PHOTO)
         for what in ("hanging worker", "killed Triton", "killed Triton, noticed late"):
             broken[what].suspend("worker")
             broken[what].use()
-        for what in ("killed worker", "killed helper", "killed Triton, lost signal", "hanging Triton"):
-            broken[what].use()
+        for what in servers.keys() - {"hanging worker", "killed Triton", "killed Triton, noticed late"}:
+            if what != "exiting worker":
+                broken[what].use()
         for server in servers.values():
             server.segments()
         broken["hanging Triton"].suspend("tritonserver")
-        broken["killed worker"].server.processes("worker")[0].kill()
+        broken["hanging frontend"].suspend("frontend")
+        broken["killed worker"].kill("worker")
+        broken["killed first frontend"].kill("frontend")
+        broken["killed last frontend"].kill("frontend", -1)
         exiting = broken["exiting worker"]
         exiting.clients = [
             pool.submit(infer_until_refused, exiting.server.connect("grpc"), exit=1, print="last words\n")
         ]
-        broken["killed helper"].server.processes("stubs")[0].kill()
+        broken["killed helper"].kill("stubs")
+        # The process that has the memory through which requests and responses pass.
+        broken["killed store"].kill("helpers", -1)
+        broken["killed server"].server.process.kill()
         for what in ("killed Triton", "killed Triton, noticed late"):
-            broken[what].server.processes("tritonserver")[0].kill()
+            broken[what].kill("tritonserver")
         broken["killed Triton, lost signal"].server.process.terminate()
-        broken["killed Triton, lost signal"].server.processes("tritonserver")[0].kill()
+        broken["killed Triton, lost signal"].kill("tritonserver")
         yield broken
         # What a test that failed or did not run left would keep the clients busy.
         for server in servers.values():
@@ -233,17 +258,17 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
                 server.process.kill()
 
 
+TOLD = "worker is gone|is stopping|refused|closed|UNAVAILABLE|not ready|unknown|reset"
+
+
 def test_a_killed_worker_ends_the_server(broken):
-    log = broken["killed worker"].assert_it_ends(1)
-    assert "CRITICAL server: stopping: a worker exited" in log
-    expected = "worker is gone|is stopping|refused|closed|UNAVAILABLE|not ready|unknown"
+    broken["killed worker"].assert_it_ends("stopping: a worker exited")
     for client in broken["killed worker"].clients:
-        assert re.search(expected, client.result()[1])
+        assert re.search(TOLD, client.result()[1])
 
 
 def test_a_worker_that_exits_in_the_middle_of_a_request_ends_the_server(broken):
-    log = broken["exiting worker"].assert_it_ends(1)
-    assert "CRITICAL server: stopping: a worker exited" in log
+    log = broken["exiting worker"].assert_it_ends("stopping: a worker exited")
     # So that an operator can find or block what ends a worker.
     assert f"ERROR server: a worker ended while it processed {DESCRIPTION}\n" in log
     assert 'ERROR server: before a worker ended, a library printed "last words"' in log
@@ -253,44 +278,57 @@ def test_a_worker_that_exits_in_the_middle_of_a_request_ends_the_server(broken):
     )
 
 
-def test_a_killed_helper_of_triton_ends_the_server(broken):
-    log = broken["killed helper"].assert_it_ends(1)
-    assert "CRITICAL server: stopping: one of Triton's helper processes exited" in log
+@pytest.mark.parametrize("what", ["killed helper", "killed store"])
+def test_a_killed_helper_of_triton_ends_the_server(broken, what):
+    broken[what].assert_it_ends("stopping: one of Triton's helper processes exited")
+
+
+@pytest.mark.parametrize("what", ["killed first frontend", "killed last frontend"])
+def test_a_killed_frontend_ends_the_server(broken, what):
+    broken[what].assert_it_ends("stopping: a frontend exited")
+    # It does not wait for the requests that the frontend had.
+    assert "took too long" not in broken[what].server.log.read_text()
+
+
+def test_a_frontend_that_hangs_ends_the_server_after_its_timeout(broken):
+    broken["hanging frontend"].assert_it_ends("stopping: a frontend hung for 3 s")
+    # The first check that finds it silent may come a second after it hangs.
+    assert 2.4 < broken["hanging frontend"].seconds_until("a frontend hung") < 6
 
 
 @pytest.mark.parametrize("what", ["killed Triton", "killed Triton, lost signal"])
 def test_the_end_of_triton_ends_the_server(broken, what):
-    log = broken[what].assert_it_ends(1)
-    assert ".py: Triton exited unexpectedly" in log
+    log = broken[what].assert_it_ends(".py: Triton exited unexpectedly")
     assert log.count("ready: model") == 1  # it does not start Triton again
 
 
 @pytest.mark.parametrize("what", ["killed Triton", "killed Triton, noticed late"])
 def test_a_worker_that_hangs_does_not_hold_up_the_end_of_the_server(broken, what):
-    broken[what].assert_it_ends(1)
+    broken[what].assert_it_ends("Triton exited unexpectedly")
     assert [client.result()[0] for client in broken[what].clients] == [0, 0, 0, 0]
 
 
 def test_a_worker_that_hangs_ends_the_server_after_its_timeout(broken):
-    broken["hanging worker"].assert_it_ends(1)
+    said = "stopping: a worker has responded to no request for 3 s"
+    broken["hanging worker"].assert_it_ends(said)
     for client in broken["hanging worker"].clients:
-        answered, said = client.result()
+        answered, told = client.result()
         assert answered == 0
-        assert re.search("the server took too long and is stopping|is stopping because its worker is gone", said)
+        assert re.search("the server took too long and is stopping|is stopping because its worker is gone", told)
     # Not after twice its timeout.
-    assert 2.9 < broken["hanging worker"].seconds_until("stopping: a worker has answered no request for 3 s") < 5
+    assert 2.9 < broken["hanging worker"].seconds_until(said) < 5
 
 
 def test_a_triton_that_hangs_ends_the_server_after_its_timeout(broken):
-    log = broken["hanging Triton"].assert_it_ends(1)
-    assert "Traceback" not in log
+    said = "stopping: Triton has not responded for 3 s"
+    broken["hanging Triton"].assert_it_ends(said)
     # The first of the checks that fail may begin a second after Triton hangs.
-    assert 2.9 < broken["hanging Triton"].seconds_until("stopping: Triton has not answered for 3 s") < 6
+    assert 2.9 < broken["hanging Triton"].seconds_until(said) < 6
 
 
-def test_a_killed_server_takes_its_workers_along(broken):
+def test_a_killed_server_leaves_no_process_and_no_shared_memory_behind(broken):
     server = broken["killed server"].server
-    orphans = server.processes("worker")
-    assert orphans
-    server.process.kill()
-    assert psutil.wait_procs(orphans, timeout=10)[1] == []
+    assert psutil.wait_procs(server.family(), timeout=20)[1] == []
+    assert server.segments() == set()
+    for client in broken["killed server"].clients:
+        assert re.search(TOLD, client.result()[1])

@@ -236,7 +236,7 @@ def test_without_shared_memory_the_server_says_how_to_get_it(tmp_path):
         assert server.process.wait(timeout=30) == 2
         line = server.log.read_text().splitlines()[-1]
         assert line.startswith(
-            "toy_server.py: /dev/shm has only 1 MB free, too little for any photo: use docker run --shm"
+            "toy_server.py: /dev/shm has only 1 MB free, too little for any request: use docker run --shm"
         )
 
 
@@ -245,6 +245,24 @@ def test_a_signal_while_the_workers_start_ends_the_server(tmp_path):
         wait_for(lambda: "device: CPU" in server.log.read_text())
         assert server.stop() == 0
         assert server.left_behind() == []
+
+
+def test_a_frontend_that_is_killed_while_the_worker_starts_is_noticed_if_it_is_needed(tmp_path):
+    with start_toy(tmp_path / "needed", "--start", "slow") as server:
+        wait_for(lambda: len(server.processes("frontend")) >= 2)  # as for a GPU
+        server.processes("frontend")[0].kill()
+        assert server.process.wait(timeout=30) == 1
+        lines = server.log.read_text().splitlines()
+        assert [line for line in lines if "INFO" not in line] == lines[-1:]
+        assert lines[-1].endswith("CRITICAL server: stopping: a frontend exited")
+        assert server.left_behind() == []
+    with start_toy(tmp_path / "idle", "--start", "slow") as server:
+        wait_for(lambda: len(server.processes("frontend")) >= 2)
+        server.processes("frontend")[-1].kill()
+        server.wait_until_ready()
+        assert len(server.processes("frontend")) == 1
+        assert server.stop() == 0
+        assert "Traceback" not in server.log.read_text()
 
 
 SIGNAL_AFTER_FORK = """
@@ -262,7 +280,7 @@ def test_a_signal_right_after_the_fork_of_a_worker_leaves_no_process_behind(tmp_
 
 PARENT_DIES_FIRST = """
 import ctypes, os, signal, time
-import serving.worker
+import serving.processes
 
 class Ctypes:
     def CDLL(self, name):
@@ -272,7 +290,7 @@ class Ctypes:
             time.sleep(0.01)
         return ctypes.CDLL(name)
 
-serving.worker.ctypes = Ctypes()
+serving.processes.ctypes = Ctypes()
 """
 
 

@@ -5,24 +5,23 @@ import argparse
 
 import numpy as np
 import pytest
-from conftest import SAMPLES, answer_memory, as_photo, iou
+from conftest import SAMPLES, RunningStages, as_photo, iou
 from gpu import DEVICES
 
 import server
-from encoders import ImageFile
+from encoders import ImageEncoding
 from server import Job, Segmentation
-from serving.worker import Runner
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_masks_in_fp16_agree_with_those_in_fp32(device):
     options, answers = server.parse_options(["--weights", "demo", "--max-batch-size", "1"]), {}
     for precision in ("fp16", "fp32"):
-        runner = Runner(Segmentation, argparse.Namespace(**vars(options) | {"precision": precision}), device)
+        running = RunningStages(Segmentation, argparse.Namespace(**vars(options) | {"precision": precision}), device)
         for class_name, (path, _) in SAMPLES.items():
-            classes = runner.stages.network.class_indices(class_name)
-            job = Job(as_photo(path.read_bytes()), classes, 0.6, ("original", "segmented"), ImageFile("jpeg", 95))
-            ((answer),) = runner([(answer_memory(6 * 512 * 512, device), job)])
+            classes = running.stages.network.class_indices(class_name)
+            job = Job(as_photo(path.read_bytes()), classes, 0.6, ("original", "segmented"), ImageEncoding("jpeg", 95))
+            (answer,) = running([running.job(job)])
             answers[class_name, precision] = {name: array.copy() for name, array in answer.items()}
     for class_name in SAMPLES:
         fast, exact = answers[class_name, "fp16"], answers[class_name, "fp32"]

@@ -10,7 +10,7 @@ from conftest import psnr, run_python, sample
 from gpu import DEVICES
 from PIL import Image
 
-from encoders import DEFAULT_QUALITY, MAX_SIDE, Encode, ImageFile
+from encoders import DEFAULT_QUALITY, MAX_SIDE, Encode, ImageEncoding
 from serving.errors import InvalidRequest
 from serving.stages import Deferred
 
@@ -23,11 +23,13 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
-def encode(device: torch.device, *files: ImageFile | None, cut_out=CUT_OUT, mask=MASK) -> list[np.ndarray | None]:
-    cut_outs, masks = ([torch.from_numpy(array).to(device)] * len(files) for array in (cut_out, mask))
+def encode(
+    device: torch.device, *encodings: ImageEncoding | None, cut_out=CUT_OUT, mask=MASK
+) -> list[np.ndarray | None]:
+    cut_outs, masks = ([torch.from_numpy(array).to(device)] * len(encodings) for array in (cut_out, mask))
     return [
         output.compute(output.source.cpu().numpy()) if isinstance(output, Deferred) else output
-        for output in Encode(device)(cut_outs, masks, files)
+        for output in Encode(device)(cut_outs, masks, encodings)
     ]
 
 
@@ -36,9 +38,9 @@ def pixels(file: np.ndarray) -> np.ndarray:
 
 
 def test_a_batch_may_mix_formats_and_qualities_and_photos_that_need_no_file(device):
-    files = [ImageFile("jpeg", 95), None, ImageFile("png", 100), ImageFile("jpeg", 10)]
-    files += [ImageFile("webp", 80), ImageFile("webp", 10)]
-    good, nothing, png, coarse, webp, coarse_webp = encode(device, *files)
+    encodings = [ImageEncoding("jpeg", 95), None, ImageEncoding("png", 100), ImageEncoding("jpeg", 10)]
+    encodings += [ImageEncoding("webp", 80), ImageEncoding("webp", 10)]
+    good, nothing, png, coarse, webp, coarse_webp = encode(device, *encodings)
     assert nothing is None
     assert psnr(pixels(good), CUT_OUT) > 38 > 32 > psnr(pixels(coarse), CUT_OUT)
     assert len(coarse) < len(good) / 3
@@ -49,19 +51,18 @@ def test_a_batch_may_mix_formats_and_qualities_and_photos_that_need_no_file(devi
 
 
 def test_the_colors_of_a_jpeg_keep_their_resolution(device):
-    assert [component[1:3] for component in Image.open(io.BytesIO(encode(device, ImageFile("jpeg", 95))[0])).layer] == [
-        (1, 1)
-    ] * 3
+    [encoded] = encode(device, ImageEncoding("jpeg", 95))
+    assert [component[1:3] for component in Image.open(io.BytesIO(encoded.tobytes())).layer] == [(1, 1)] * 3
 
 
 @pytest.mark.parametrize(
     ("parameters", "expected"),
     [
-        ({}, ImageFile("jpeg", 95)),
-        ({"format": "webp"}, ImageFile("webp", 80)),
-        ({"format": "png", "quality": 1}, ImageFile("png", 1)),
-        ({"quality": 100}, ImageFile("jpeg", 100)),
-        ({"quality": 90.0}, ImageFile("jpeg", 90)),  # JSON and gRPC clients may send any number as a double
+        ({}, ImageEncoding("jpeg", 95)),
+        ({"format": "webp"}, ImageEncoding("webp", 80)),
+        ({"format": "png", "quality": 1}, ImageEncoding("png", 1)),
+        ({"quality": 100}, ImageEncoding("jpeg", 100)),
+        ({"quality": 90.0}, ImageEncoding("jpeg", 90)),  # JSON and gRPC clients may send any number as a double
     ],
 )
 def test_the_format_and_the_quality_have_defaults(parameters, expected):
@@ -92,9 +93,9 @@ def test_a_bad_parameter_is_refused_with_the_valid_range(parameters, expected):
 @pytest.mark.parametrize("name", MAX_SIDE)
 def test_each_format_can_be_as_large_as_it_claims(device, name, transposed):
     size = (MAX_SIDE[name], 2) if transposed else (2, MAX_SIDE[name])
-    file = ImageFile(name, DEFAULT_QUALITY[name])
-    file.check_size(*size[::-1])
-    [encoded] = encode(device, file, cut_out=np.zeros((*size, 3), np.uint8), mask=np.zeros(size, np.uint8))
+    encoding = ImageEncoding(name, DEFAULT_QUALITY[name])
+    encoding.check_size(*size[::-1])
+    [encoded] = encode(device, encoding, cut_out=np.zeros((*size, 3), np.uint8), mask=np.zeros(size, np.uint8))
     assert pixels(encoded).shape[:2] == size
 
 
@@ -109,15 +110,15 @@ def test_each_format_can_be_as_large_as_it_claims(device, name, transposed):
 )
 def test_a_photo_that_is_too_large_for_a_format_is_refused(name, size, expected):
     with pytest.raises(InvalidRequest, match=f"^a {name} file can be at most {expected}"):
-        ImageFile(name, 95).check_size(*size)
+        ImageEncoding(name, 95).check_size(*size)
 
 
 def test_a_photo_with_too_much_detail_for_webp_is_refused(device):
     noise = np.random.default_rng(0).integers(0, 256, (5000, 5000, 3), dtype=np.uint8)
     opaque = np.full(noise.shape[:2], 255, np.uint8)
     with pytest.raises(InvalidRequest, match=r"^webp cannot hold so much detail: lower the quality, or "):
-        encode(device, ImageFile("webp", 90), cut_out=noise, mask=opaque)
-    encode(device, ImageFile("webp", 85), cut_out=noise, mask=opaque)
+        encode(device, ImageEncoding("webp", 90), cut_out=noise, mask=opaque)
+    encode(device, ImageEncoding("webp", 85), cut_out=noise, mask=opaque)
 
 
 ENCODE_WITHOUT_MEMORY = """

@@ -17,7 +17,6 @@ from front_door import KEY, NEEDS_NGINX, NGINX, Proxy, image_files
 
 import server
 from client import Connection, InferenceError
-from photo import max_photo_bytes
 from serving.memory import SHM_BYTES_PER_BYTE, SHM_BYTES_PER_INSTANCE
 from serving.options import MOST_DEFAULT_INSTANCES
 from serving.triton import _configure
@@ -28,7 +27,7 @@ MANIFESTS = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 PROXY_CONFIGURATION = (DEPLOY / "nginx.conf").read_text()
 MAX_PIXELS = server.parse_options([]).max_pixels
-MESSAGE_BYTES = max_photo_bytes(MAX_PIXELS) + server.answer_bytes(MAX_PIXELS)
+MESSAGE_BYTES = sum(server.Segmentation.limits(server.parse_options([])))
 # What the defaults need on a GPU.
 SHM_BYTES = MOST_DEFAULT_INSTANCES * (SHM_BYTES_PER_INSTANCE + SHM_BYTES_PER_BYTE * MESSAGE_BYTES)
 

@@ -37,6 +37,8 @@ def mistake(parse_options, arguments: list[str], capsys) -> str:
         ("--max-pixels", "-3", "must be a whole number of at least 1, not -3"),
         ("--instances", "many", "must be a whole number between 0 and 64, not many"),
         ("--max-batch-size", "65", "must be a whole number between 0 and 64, not 65"),
+        ("--executors", "9", "must be a whole number between 0 and 8, not 9"),
+        ("--frontends", "17", "must be a whole number between 0 and 16, not 17"),
         ("--max-queue", "1.5", "must be a whole number of at least 0, not 1.5"),
         ("--http-port", "99999", "must be a whole number between 1 and 65535, not 99999"),
         ("--drain-s", "-1", "must be a number between 0 and 86400, not -1"),
@@ -116,10 +118,12 @@ def test_a_server_without_options_has_the_documented_defaults():
     assert (options.weights, options.class_name, options.threshold) == ("auto", "person", 0.6)
     assert (options.input_size, options.precision, options.device) == (224, "auto", "auto")
     assert (options.max_pixels, options.drain_s) == (25_000_000, 2)
+    assert (options.instances, options.max_batch_size, options.executors, options.max_queue) == (0, 0, 0, 0)
+    assert (options.frontends, options.behind_proxy, options.verbose) == (0, False, False)
     assert (options.start_timeout_s, options.worker_timeout_s, options.triton_timeout_s) == (600, 300, 30)
     assert DEVICE_DEFAULTS == {
-        "cuda": {"instances": 14, "max_batch_size": 7, "max_queue": 512},
-        "cpu": {"instances": 5, "max_batch_size": 4, "max_queue": 12},
+        "cuda": {"instances": 14, "max_batch_size": 7, "executors": 2, "max_queue": 512},
+        "cpu": {"instances": 5, "max_batch_size": 4, "executors": 1, "max_queue": 12},
     }
     assert device_default(options, "instances", "cuda") == 14
     assert device_default(server.parse_options(["--instances", "3"]), "instances", "cuda") == 3

@@ -1,31 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of serving/ by themselves: channels, batches, instances, shared memory, the end of the server."""
 
+import argparse
 import hashlib
+import logging
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import answer_memory, as_array, wait_for
+from conftest import as_array, complete, wait_for
 from gpu import DEVICES
 from pytriton.proxy.types import Request
 
 from photo import max_photo_bytes
 from serving.batcher import LARGE_WEIGHT, Batcher
-from serving.channel import FORK, SLACK_BYTES, lay_out, layout_of, open_channels
+from serving.channel import SLACK_BYTES, Channel, open_channels
 from serving.errors import InferenceFailed, InvalidRequest, ServerError, UsageError
+from serving.executor import Executor, open_memories
 from serving.instance import Instance
 from serving.lifecycle import FAILURE, Lifecycle
-from serving.memory import fit_shared_memory
+from serving.memory import ResponseMemory, fit_shared_memory
+from serving.options import count_frontends
 from serving.printed import Printed
-from serving.stages import Deferred
+from serving.processes import FORK
+from serving.shared import share_bytes
+from serving.stages import Checked, Deferred, Stages
+from serving.traffic import Traffic
 
 PHOTO = {"image": as_array(b"photo")}
+
+
+class Functions(Stages):
+    """Stages that consist of the functions in the options."""
+
+    @classmethod
+    def limits(cls, options):  # noqa: ARG003
+        return 1000, 1000
+
+    @classmethod
+    def example(cls, options):  # noqa: ARG003
+        return Request(PHOTO, {"example": True})
+
+    def __init__(self, options: argparse.Namespace, device: str):  # noqa: ARG002
+        self._compute, self._read, self._weigh = options.compute, options.read, options.weigh
+
+    def read(self, request):
+        return request if "example" in request.parameters else self._read(request)
+
+    def weigh(self, job):
+        return self._weigh(job)
+
+    def __call__(self, jobs):
+        return [{}] * len(jobs) if "example" in jobs[0].parameters else self._compute(jobs)
 
 
 class Forked:
@@ -33,15 +66,19 @@ class Forked:
 
     def __init__(
         self,
-        runner,
+        compute: Callable,
         channel_count: int,
         max_batch_size: int,
-        explain=lambda error: error,
-        read=lambda *job: job,
-        **options,
+        read: Callable = lambda request: request,
+        weigh: Callable = lambda job: 0,  # noqa: ARG005
+        executors: int = 1,
+        **options: object,
     ):
-        self.channels = open_channels(channel_count, 1000, 1000)
-        batcher = Batcher(self.channels, read, runner, explain, Printed(), max_batch_size, **options)
+        self.channels = open_channels(channel_count, *Functions.limits(None))
+        memories = open_memories(self.channels, 1000, "cpu")
+        functions = argparse.Namespace(compute=compute, read=read, weigh=weigh, max_batch_size=max_batch_size)
+        executors = [Executor(Functions, functions, "cpu", memories) for _ in range(executors)]
+        batcher = Batcher(self.channels, executors, Printed(), max_batch_size, **options)
         self.process = FORK.Process(target=batcher.run, daemon=True)
         self.process.start()
 
@@ -53,15 +90,18 @@ class Forked:
         self.process.join()
 
 
-def double(jobs):
-    """Answer each job with twice its inputs."""
-    answers = []
-    for channel, arrays, _ in jobs:
-        answer = lay_out(channel.answer_memory, layout_of(arrays))
-        for name, array in arrays.items():
-            answer[name][...] = 2 * array
-        answers.append(answer)
-    return answers
+def call(channel: Channel, note: object, arrays=PHOTO, timeout_s: float | None = None) -> dict[str, np.ndarray]:
+    """Send a request, as an instance does, with a note as its parameter."""
+    return channel.call(arrays, ({"note": note}, None), timeout_s)
+
+
+def notes(jobs: list[Request]) -> list:
+    return [job.parameters["note"] for job in jobs]
+
+
+def double(jobs: list[Request]) -> list[dict[str, np.ndarray]]:
+    """Respond to each job with twice its inputs."""
+    return [{name: 2 * array for name, array in job.items()} for job in jobs]
 
 
 def test_a_channel_carries_arrays_of_any_type_and_shape():
@@ -74,7 +114,7 @@ def test_a_channel_carries_arrays_of_any_type_and_shape():
         "empty": np.empty((0, 3), np.float16),
     }
     with Forked(double, 1, 1) as forked:
-        answer = forked.channels[0].call(arrays, None)
+        answer = call(forked.channels[0], None, arrays)
         assert list(answer) == list(arrays)
         for name, array in arrays.items():
             assert answer[name].dtype == array.dtype
@@ -82,29 +122,65 @@ def test_a_channel_carries_arrays_of_any_type_and_shape():
             assert answer[name].ctypes.data % answer[name].itemsize == 0
 
 
+def test_a_channel_carries_strings_there_and_back():
+    arrays = {
+        "bytes": np.array([[b"\xff\0", b"", b"long" * 25]], object),  # as PyTriton has them
+        "text": np.array([["a", "\u00e9\0"], ["", "\U0001f600"]], object),
+        "numpy": np.array(["as", "a", "Python list"]),
+        "scalar": np.array(b"one", object),
+        "none": np.empty((0, 2), object),
+        "no text": np.empty(0, str),
+        "transposed": np.array([[b"a", b"bb", b"ccc"]] * 2, object).T,
+        "numbers": np.arange(3.0),  # after strings of any length
+        "fixed size": np.array([b"abc", b"", b"x"]),
+    }
+    with Forked(lambda jobs: [job.data for job in jobs], 1, 1) as forked:
+        answer = call(forked.channels[0], None, arrays)
+    assert list(answer) == list(arrays)
+    for name, array in arrays.items():
+        if name not in ("numbers", "fixed size"):  # strings become objects of type bytes
+            assert answer[name].dtype == object
+            array = np.vectorize(lambda text: text.encode() if isinstance(text, str) else text, [object])(array)
+        np.testing.assert_array_equal(answer[name], array, strict=name in ("numbers", "fixed size"))
+        assert answer[name].shape == array.shape
+
+
+def test_strings_that_do_not_fit_are_refused():
+    long = {"text": np.array([b"x" * 1001], object)}
+    with Forked(lambda jobs: [long] * len(jobs), 1, 1) as forked:
+        with pytest.raises(ValueError, match="text does not fit"):
+            call(forked.channels[0], None, {"text": np.array([b"x" * (1000 + SLACK_BYTES)], object)})
+        assert call(forked.channels[0], None)["text"].tolist() == long["text"].tolist()
+    long["text"][0] *= SLACK_BYTES
+    with (
+        Forked(lambda jobs: [long] * len(jobs), 1, 1) as forked,
+        pytest.raises(InvalidRequest, match=r"the response exceeds the limit of \d+ bytes: request fewer outputs"),
+    ):
+        call(forked.channels[0], None)
+
+
 def test_a_request_that_does_not_fit_into_the_channel_is_refused():
     with Forked(double, 1, 1) as forked:
         with pytest.raises(ValueError, match="image does not fit"):
-            forked.channels[0].call({"image": np.zeros(1001 + SLACK_BYTES, np.uint8)}, None)
+            call(forked.channels[0], None, {"image": np.zeros(1001 + SLACK_BYTES, np.uint8)})
         with pytest.raises(ValueError, match="memoryview"):
-            forked.channels[0].call(PHOTO, "x" * (2 << 20))
-        assert forked.channels[0].call({"image": np.ones(1000, np.uint8)}, None)["image"].sum() == 2000
+            call(forked.channels[0], "x" * (2 << 20))
+        assert call(forked.channels[0], None, {"image": np.ones(1000, np.uint8)})["image"].sum() == 2000
 
 
 def test_only_the_request_at_fault_in_a_batch_fails():
     release = FORK.Event()
 
-    def runner(jobs):
+    def compute(jobs):
         release.wait()  # until all are waiting: the first call takes one or two, the next one all others
-        if any(message == "bad" for _, _, message in jobs):
+        if "bad" in notes(jobs):
             raise InvalidRequest("this one is bad")
         return [{} for _ in jobs]
 
     messages = ["good", "bad", "good", "bad", "good"]
-    with Forked(runner, len(messages), 8) as forked, ThreadPoolExecutor(len(messages)) as pool:
+    with Forked(compute, len(messages), 8) as forked, ThreadPoolExecutor(len(messages)) as pool:
         answers = [
-            pool.submit(channel.call, PHOTO, message)
-            for channel, message in zip(forked.channels, messages, strict=True)
+            pool.submit(call, channel, message) for channel, message in zip(forked.channels, messages, strict=True)
         ]
         release.set()
         for message, answer in zip(messages, answers, strict=True):
@@ -118,18 +194,18 @@ def test_only_the_request_at_fault_in_a_batch_fails():
 def test_a_batch_is_what_is_waiting():
     entered, release, sizes = FORK.Event(), FORK.Event(), FORK.SimpleQueue()
 
-    def runner(jobs):
+    def compute(jobs):
         entered.set()
         release.wait()
         sizes.put(len(jobs))
         return double(jobs)
 
-    with Forked(runner, 11, max_batch_size=4) as forked, ThreadPoolExecutor(11) as pool:
+    with Forked(compute, 11, max_batch_size=4) as forked, ThreadPoolExecutor(11) as pool:
         requests = [{"number": np.array([number], np.uint8)} for number in range(11)]
-        first = pool.submit(forked.channels[0].call, requests[0], None)
+        first = pool.submit(call, forked.channels[0], None, requests[0])
         entered.wait()
         others = [
-            pool.submit(channel.call, request, None)
+            pool.submit(call, channel, None, request)
             for channel, request in zip(forked.channels[1:], requests[1:], strict=True)
         ]
         wait_for(lambda: all(channel.is_processing() for channel in forked.channels))
@@ -138,45 +214,115 @@ def test_a_batch_is_what_is_waiting():
         assert [sizes.get() for _ in range(4)] == [1, 4, 4, 2]
 
 
-@pytest.mark.parametrize("runner", [lambda jobs: [], lambda jobs: os._exit(1)])  # noqa: ARG005
-def test_callers_are_told_when_the_other_process_is_gone(runner):
-    with Forked(runner, 1, max_batch_size=4) as forked, ThreadPoolExecutor(1) as pool:
-        call = pool.submit(forked.channels[0].call, PHOTO, None)
+def test_two_executors_compute_two_batches_at_the_same_time():
+    both = FORK.Barrier(2)
+
+    def compute(jobs):
+        both.wait(10)  # or fail
+        return double(jobs)
+
+    with Forked(compute, 2, max_batch_size=1, executors=2) as forked, ThreadPoolExecutor(2) as pool:
+        for number in range(10):
+            requests = [{"number": np.array([number + 100 * index], np.int16)} for index in range(2)]
+            answers = list(pool.map(call, forked.channels, [None] * 2, requests))
+            assert [answer["number"].tolist() for answer in answers] == [[2 * number], [2 * number + 200]]
+
+
+def test_a_job_whose_result_is_not_valid_fails_alone():
+    release = FORK.Event()
+
+    def compute(jobs):
+        release.wait()
+        error = InferenceFailed("the result is not finite")
+        outputs = double(jobs)
+        return [
+            # A condition may be any scalar of torch or numpy, and a job need not have one.
+            output if note is None else Checked(output, note, error)
+            for output, note in zip(outputs, notes(jobs), strict=True)
+        ]
+
+    conditions = [torch.tensor(True), torch.tensor(False), None, np.False_, np.True_, False]
+    with Forked(compute, len(conditions), 8) as forked, ThreadPoolExecutor(len(conditions)) as pool:
+        answers = [pool.submit(call, *request) for request in zip(forked.channels, conditions, strict=True)]
+        wait_for(lambda: all(channel.is_processing() for channel in forked.channels))
+        release.set()
+        for condition, answer in zip(conditions, answers, strict=True):
+            if condition is None or condition:
+                assert answer.result()["image"].tolist() == (2 * PHOTO["image"]).tolist()
+            else:
+                with pytest.raises(InferenceFailed, match="the result is not finite"):
+                    answer.result()
+
+
+@pytest.fixture
+def log_file(tmp_path):
+    """What this process and its children log."""
+    handler = logging.FileHandler(tmp_path / "log")
+    logging.getLogger("server").addHandler(handler)
+    yield tmp_path / "log"
+    logging.getLogger("server").removeHandler(handler)
+    handler.close()
+
+
+@pytest.mark.parametrize(
+    ("compute", "reason"),
+    [
+        (lambda jobs: {}[notes(jobs)[0]], "KeyError: 'a secret'"),
+        (lambda jobs: jobs[:0], "ValueError: zip() argument 2 is shorter than argument 1"),
+        (lambda jobs: [{"file": Deferred(lambda _: 1 / 0, np.zeros(1))} for _ in jobs], "ZeroDivisionError: "),
+    ],
+)
+def test_what_the_stages_raise_is_logged_and_the_client_gets_a_sentence(compute, reason, log_file: Path):
+    with Forked(compute, 1, 1) as forked:
+        with pytest.raises(InferenceFailed) as error:
+            call(forked.channels[0], "a secret")
+        assert str(error.value) == "the server could not process this request and logged the reason: try again later"
+        assert log_file.read_text().count(f"\n{reason}") == 1
+
+
+@pytest.mark.parametrize("how", ["exit", "bug"])
+def test_callers_are_told_when_the_other_process_is_gone(how, monkeypatch):
+    if how == "bug":
+        monkeypatch.setattr(Batcher, "_compute", lambda *_: 1 / 0)
+    with Forked(lambda jobs: os._exit(1), 1, max_batch_size=4) as forked, ThreadPoolExecutor(1) as pool:  # noqa: ARG005
+        pending = pool.submit(call, forked.channels[0], None)
         forked.process.join(10)
         assert forked.process.exitcode == 1
-        forked.channels[0].break_off()
+        forked.channels[0].close()
         with pytest.raises(ConnectionError):
-            call.result()
+            pending.result()
         with pytest.raises(ConnectionError):
-            forked.channels[0].call(PHOTO, None)
+            call(forked.channels[0], None)
 
 
 def test_the_timeout_counts_from_the_last_answer_to_anybody_and_is_waited_for_once():
     entered = FORK.Event()
 
-    def runner(jobs):
+    def compute(jobs):
         entered.set()
         (job,) = jobs
-        time.sleep(job[2])
+        time.sleep(job.parameters["note"])
         return double(jobs)
 
-    with Forked(runner, 3, max_batch_size=1) as forked, ThreadPoolExecutor(3) as pool:
-        calls = [pool.submit(forked.channels[0].call, PHOTO, 0.8, 1.5)]
+    with Forked(compute, 3, max_batch_size=1) as forked, ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(call, forked.channels[0], 0.8, timeout_s=1.5)]
         entered.wait()
         began = time.monotonic()
         for channel, seconds in zip(forked.channels[1:], (0.8, 100), strict=True):
-            calls.append(pool.submit(channel.call, PHOTO, seconds, 1.5))
-        for call in calls[:2]:  # the second one takes 1.6 s in all, but the worker has shown that it is alive
-            assert call.result()["image"].size == 5
+            calls.append(pool.submit(call, channel, seconds, timeout_s=1.5))
+        for answer in calls[:2]:  # the second one takes 1.6 s in all, but the worker has shown that it is alive
+            assert answer.result()["image"].size == 5
         with pytest.raises(TimeoutError):
             calls[2].result()
         assert 3.0 < time.monotonic() - began < 4.2  # 1.6 s and 1.5 s
         with pytest.raises(ConnectionError):  # a late answer is not the answer to the next call
-            forked.channels[2].call(PHOTO, 0)
+            call(forked.channels[2], 0)
 
 
-def make_instance(forked: Forked, lifecycle: Lifecycle | None = None) -> Instance:
-    return Instance(forked.channels[0], 1000, timeout_s=10, lifecycle=lifecycle or Lifecycle(1))
+def make_instance(forked: Forked, traffic: Traffic | None = None) -> Instance:
+    instance = Instance(0, forked.channels[0], timeout_s=10, traffic=traffic or Traffic(1), lifecycle=Lifecycle(1))
+    instance.max_request_bytes = 1000
+    return instance
 
 
 def test_two_requests_in_one_call_do_not_share_memory():
@@ -192,24 +338,116 @@ def test_an_instance_refuses_what_it_cannot_send(caplog):
         instance = make_instance(forked)
         with pytest.raises(InvalidRequest, match="the batch dimension must be 1"):
             instance([Request({"image": np.zeros((2, 5), np.uint8)}, {})])
-        with pytest.raises(InvalidRequest, match="the request has 1001 bytes, but this server accepts at most 1000"):
+        with pytest.raises(InvalidRequest, match="the request has 1001 bytes, but the limit is 1000"):
             instance([Request({"image": np.zeros((1, 1001), np.uint8)}, {})])
-        assert caplog.text.count("a request failed: ") == 2
+        with pytest.raises(InvalidRequest, match="the inputs or parameters of the request are too long"):
+            instance([Request({"text": np.array([[b"x" * (1000 + SLACK_BYTES)]], object)}, {})])
+        assert caplog.text.count("a request failed: ") == 3
 
 
-def test_an_instance_refuses_strings():
-    with Forked(double, 1, 1) as forked, pytest.raises(InvalidRequest, match="image must have a type of fixed size"):
-        make_instance(forked)([Request({"image": np.array([[b"photo"]], object)}, {})])
+def test_an_instance_sends_and_returns_strings():
+    with Forked(double, 1, 1) as forked:
+        (answer,) = make_instance(forked)([Request({"label": np.array([[b"cat", b""]], object)}, {})])
+        assert answer["label"].tolist() == [[b"catcat", b""]]
 
 
 def test_a_server_that_has_drained_refuses_requests():
     with Forked(double, 1, 1) as forked:
-        lifecycle = Lifecycle(drain_s=0)
-        instance, request = make_instance(forked, lifecycle), Request({"image": np.zeros((1, 5), np.uint8)}, {})
+        traffic = Traffic(1)
+        instance, request = make_instance(forked, traffic), Request({"image": np.zeros((1, 5), np.uint8)}, {})
         assert instance([request])
-        lifecycle.drain()
-        with pytest.raises(InferenceFailed, match="the server is stopping: send the photo to another server"):
+        Lifecycle(drain_s=0).drain(traffic, abandon=lambda: pytest.fail("nothing is in flight"))
+        with pytest.raises(InferenceFailed, match="the server is stopping: send the request to another server"):
             instance([request])
+
+
+class Client:
+    """A process that has a request in flight until it is told to end."""
+
+    def __init__(self, traffic: Traffic, number: int):
+        self._over, began = FORK.Event(), FORK.Event()
+        self.process = FORK.Process(target=self._run, args=(traffic, number, began), daemon=True)
+        self.process.start()
+        assert began.wait(10)
+
+    def _run(self, traffic: Traffic, number: int, began) -> None:
+        with traffic.request(number):
+            began.set()
+            self._over.wait()
+
+    def end(self) -> None:
+        self._over.set()
+        self.process.join()
+
+
+def test_requests_in_flight_are_counted_over_all_processes():
+    traffic = Traffic(5)
+    assert (traffic.in_flight, traffic.last_done) == (0, 0)
+    clients = [Client(traffic, number) for number in (0, 1, 4)]
+    assert traffic.in_flight == 3
+    with traffic.request(2):
+        assert traffic.in_flight == 4
+    before = time.monotonic()
+    clients[0].end()
+    assert traffic.in_flight == 2
+    assert before < traffic.last_done < time.monotonic()
+    clients[1].process.kill()  # it cannot say that its request is over
+    clients[1].process.join()
+    assert traffic.in_flight == 2
+    traffic.forget([1, 0])
+    assert traffic.in_flight == 1
+    clients[2].end()
+    assert traffic.in_flight == 0
+
+
+def test_a_process_learns_that_the_server_is_stopping():
+    traffic, refused = Traffic(1), FORK.Event()
+
+    def ask() -> None:
+        while True:
+            try:
+                with traffic.request(0):
+                    time.sleep(0.01)
+            except InferenceFailed:
+                refused.set()
+                return
+
+    process = FORK.Process(target=ask, daemon=True)
+    process.start()
+    traffic.close_at(time.monotonic() + 0.5)
+    assert not refused.wait(0.3)
+    assert refused.wait(10)
+    process.join()
+
+
+def drain(lifecycle: Lifecycle, traffic: Traffic) -> tuple[float, bool]:
+    """Return the seconds that it took, and whether requests were abandoned."""
+    abandoned, began = [], time.monotonic()
+    lifecycle.drain(traffic, lambda: abandoned.append(True))
+    return time.monotonic() - began, bool(abandoned)
+
+
+def test_draining_waits_for_the_requests_of_all_processes():
+    traffic = Traffic(2)
+    clients = [Client(traffic, number) for number in range(2)]
+    for client, seconds in zip(clients, (0.3, 0.6), strict=True):
+        threading.Timer(seconds, client.end).start()
+    seconds, abandoned = drain(Lifecycle(drain_s=20), traffic)
+    assert 1.5 < seconds < 4  # and 1 s for the last response
+    assert not abandoned
+
+
+def test_requests_that_take_too_long_are_abandoned_and_those_of_a_lost_process_are_not_waited_for():
+    traffic = Traffic(2)
+    clients = [Client(traffic, number) for number in range(2)]
+    seconds, abandoned = drain(Lifecycle(drain_s=0.5), traffic)
+    assert 1.4 < seconds < 4
+    assert abandoned
+    for client in clients:
+        client.process.kill()
+        client.process.join()
+    traffic.forget(range(2))
+    assert drain(Lifecycle(drain_s=20), traffic)[0] < 4
 
 
 @pytest.fixture
@@ -239,6 +477,34 @@ def test_a_failure_in_another_thread_ends_the_server_with_status_1(caplog):
 
 
 @pytest.mark.usefixtures("restore_signals")
+def test_a_failure_in_another_process_ends_the_server_with_its_reason_and_status_1(caplog):
+    with pytest.raises(SystemExit) as end, Lifecycle(1) as lifecycle:  # noqa: PT012 - the block is under test
+        FORK.Process(target=lifecycle.fail, args=(f"a worker hung {'x' * 2000}",), daemon=True).start()
+        time.sleep(10)
+    assert end.value.code == 1
+    (record,) = caplog.records
+    assert record.levelname == "CRITICAL"
+    assert record.getMessage().startswith("a worker hung xxx")
+
+
+@pytest.mark.usefixtures("restore_signals")
+def test_the_first_of_several_failures_is_the_reason(caplog):
+    def fail_twice(lifecycle: Lifecycle) -> None:
+        lifecycle.fail("the cause")
+        lifecycle.fail("what it caused in the same process, at greater length")
+
+    with pytest.raises(SystemExit) as end, Lifecycle(1) as lifecycle:  # noqa: PT012 - the block is under test
+        with lifecycle.signals_deferred():
+            for target, arguments in ((fail_twice, (lifecycle,)), (lifecycle.fail, ("what it caused in another",))):
+                process = FORK.Process(target=target, args=arguments)
+                process.start()
+                process.join()
+        pytest.fail("the deferred signal has been lost")
+    assert end.value.code == 1
+    assert [record.getMessage() for record in caplog.records] == ["the cause"]
+
+
+@pytest.mark.usefixtures("restore_signals")
 def test_a_failure_that_a_signal_to_all_processes_causes_does_not_count(caplog):
     began = threading.Event()
 
@@ -259,7 +525,7 @@ def test_a_failure_that_a_signal_to_all_processes_causes_does_not_count(caplog):
 @pytest.mark.usefixtures("restore_signals")
 def test_a_server_that_was_told_to_stop_does_not_complain_that_triton_ended(capsys):
     with pytest.raises(SystemExit) as end, Lifecycle(1) as lifecycle:  # noqa: PT012 - the block is under test
-        lifecycle.finish()  # called by the thread that notices the end of Triton first
+        lifecycle.ignore_signals()  # called by the thread that notices the end of Triton first
         os.kill(os.getpid(), signal.SIGTERM)
         raise ServerError("Triton exited unexpectedly")
     assert end.value.code == 0
@@ -291,118 +557,210 @@ def test_only_the_first_signal_counts():
     assert done == ["clean-up"]
 
 
-def message_bytes(pixels: int) -> int:
-    return max_photo_bytes(pixels) + 6 * pixels
+class Sized(Functions):
+    """Stages whose limits grow with an option."""
+
+    size_option = "max_pixels"
+
+    @classmethod
+    def limits(cls, options):
+        return max_photo_bytes(options.max_pixels), 6 * options.max_pixels
 
 
-def test_enough_shared_memory_changes_nothing():
-    assert fit_shared_memory(12, 25_000_000, 11 * 10**9, message_bytes) == (12, 25_000_000, "")
+class Fixed(Functions):
+    """Stages whose limits are always the same."""
+
+    @classmethod
+    def limits(cls, options):  # noqa: ARG003
+        return 100_000_000, 100_000_000
+
+
+OPTIONS = argparse.Namespace(max_pixels=25_000_000, another="option")
+
+
+@pytest.mark.parametrize("stages", [Sized, Fixed])
+def test_enough_shared_memory_changes_nothing(stages):
+    assert fit_shared_memory(stages, OPTIONS, 12, 11 * 10**9) == (12, OPTIONS, "")
 
 
 def test_with_little_shared_memory_there_are_fewer_instances_and_smaller_photos():
-    instances, max_pixels, warning = fit_shared_memory(12, 25_000_000, 10**9, message_bytes)
+    instances, options, warning = fit_shared_memory(Sized, OPTIONS, 12, 10**9)
     assert instances == 12
-    assert 1_900_000 < max_pixels < 2_300_000
+    assert 1_900_000 < options.max_pixels < 2_300_000
+    assert vars(options) == vars(OPTIONS) | {"max_pixels": options.max_pixels}
+    assert OPTIONS.max_pixels == 25_000_000
     assert warning.startswith("SHARED MEMORY: /dev/shm has 1,000 MB free instead of 10,434.")
-    assert f"more than {max_pixels:,} pixels and runs 12 instances." in warning
+    assert f"The server runs 12 instances, with --max-pixels {options.max_pixels}." in warning
     assert "docker run --shm-size 10gb" in warning
-    instances, max_pixels, _ = fit_shared_memory(12, 25_000_000, 64 << 20, message_bytes)
+    # No more would fit.
+    more = argparse.Namespace(max_pixels=options.max_pixels + 1)
+    assert fit_shared_memory(Sized, options, 12, 10**9) == (12, options, "")
+    assert fit_shared_memory(Sized, more, 12, 10**9)[2]
+    instances, options, _ = fit_shared_memory(Sized, OPTIONS, 12, 64 << 20)
     assert instances == 1
-    assert max_pixels > 1_000_000
-    with pytest.raises(UsageError, match="too little for any photo: use docker run --shm-size 10gb"):
-        fit_shared_memory(12, 25_000_000, 1 << 20, message_bytes)
+    assert options.max_pixels > 1_000_000
+    with pytest.raises(UsageError, match="too little for any request: use docker run --shm-size 10gb"):
+        fit_shared_memory(Sized, OPTIONS, 12, 1 << 20)
+
+
+def test_without_a_size_option_there_are_only_fewer_instances():
+    instances, options, warning = fit_shared_memory(Fixed, OPTIONS, 12, 3 * 10**9)
+    assert (instances, options) == (3, OPTIONS)  # each needs 865 MB
+    assert warning.startswith(
+        "SHARED MEMORY: /dev/shm has 3,000 MB free instead of 10,380. The server runs 3 instances."
+    )
+    assert "--" not in warning.replace("--shm-size", "")
+    assert fit_shared_memory(Fixed, OPTIONS, 12, 866 * 10**6)[0] == 1
+    with pytest.raises(UsageError, match="too little for any request: use docker run --shm-size 10gb"):
+        fit_shared_memory(Fixed, OPTIONS, 12, 864 * 10**6)
+
+
+@pytest.mark.parametrize(
+    ("device_type", "cores", "workers", "expected"),
+    [
+        ("cpu", 64, 1, 1),
+        ("cuda", 2, 1, 2),
+        ("cuda", 16, 1, 2),
+        ("cuda", 17, 1, 3),
+        ("cuda", 33, 2, 2),
+        ("cuda", 64, 2, 3),
+    ],
+)
+def test_the_number_of_frontends_follows_from_the_device_and_its_share_of_the_cores(
+    device_type, cores, workers, expected, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    assert count_frontends(argparse.Namespace(frontends=0), device_type, workers) == expected
+    assert count_frontends(argparse.Namespace(frontends=5), device_type, workers) == 5
 
 
 def test_an_answer_that_does_not_fit_into_its_memory_is_an_error():
-    memory = answer_memory(100, "cpu")
-    with pytest.raises(InvalidRequest, match="the answer exceeds this server's limit of 100 bytes"):
+    memory = ResponseMemory(share_bytes(100), "cpu")
+    with pytest.raises(InvalidRequest, match="the response exceeds the limit of 100 bytes: request fewer outputs"):
         memory.store({"a": np.zeros(60, np.uint8), "b": np.zeros(60, np.uint8)})
+    stored = memory.store({"a": np.zeros(60, np.uint8), "b": Deferred(lambda source: source, np.zeros(60, np.uint8))})
+    with pytest.raises(InvalidRequest, match="the response exceeds the limit of 100 bytes: request fewer outputs"):
+        stored.complete()
+
+
+_pinned: list[np.ndarray] = []  # stays until the end of the process
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_answer_may_mix_arrays_of_the_host_with_tensors_of_the_device(device):
-    memory = answer_memory(1000, device)
-    read_only = np.frombuffer(b"file", np.uint8)
-    answer = memory.store({"file": read_only, "tensor": torch.arange(6.0, device=device).reshape(2, 3)})
+    _pinned.append(memory := share_bytes(1000))
+    outputs = {
+        "file": np.frombuffer(b"file", np.uint8),  # read-only
+        "tensor": torch.arange(6.0, device=device).reshape(2, 3),
+        "labels": np.array(["cat", "dog"]),
+        "flags": torch.tensor([True, False], device=device),
+    }
+    stored = ResponseMemory(memory, device).store(outputs)
     if device == "cuda":
         torch.cuda.synchronize()
+    answer = complete(memory, stored)
     assert answer["file"].tobytes() == b"file"
     assert answer["tensor"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert answer["tensor"].dtype == np.float32
+    assert answer["labels"].tolist() == [b"cat", b"dog"]
+    assert answer["flags"].tolist() == [True, False]
+    assert answer["flags"].dtype == bool
 
 
 def test_a_deferred_output_is_computed_from_a_copy_and_stored_behind_the_others():
-    memory, source = answer_memory(1000, "cpu"), np.arange(5)
-    stored = memory.store({"file": Deferred(lambda array: 2 * array, source), "raw": np.full(3, 7.0)})
+    memory, source = share_bytes(1000), np.arange(5)
+    outputs = {
+        "file": Deferred(lambda array: 2 * array, source),
+        "raw": np.full(3, 7.0),
+        "text": Deferred(lambda array: np.array([str(array.sum())]), source),
+    }
+    stored = ResponseMemory(memory, "cpu").store(outputs)
     source[:] = 0  # a device reuses its memory for the next batch
-    answer = memory.compute_deferred(stored)
+    answer = complete(memory, stored)
     assert answer["file"].tolist() == [0, 2, 4, 6, 8]
     assert answer["raw"].tolist() == [7, 7, 7]
+    assert answer["text"].tolist() == [b"10"]
 
 
 def test_an_answer_that_takes_long_to_compute_holds_up_no_other_batch():
     go_on = FORK.Event()
 
-    def later():
+    def encode(_source):
         go_on.wait()
         raise InvalidRequest("too late")
 
-    def runner(jobs):
-        return [later if message == "later" else {} for _, _, message in jobs]
+    def compute(jobs):
+        return [{"file": Deferred(encode, np.zeros(1))} if note == "later" else {} for note in notes(jobs)]
 
-    with Forked(runner, 2, max_batch_size=4) as forked, ThreadPoolExecutor(2) as pool:
-        waiting = pool.submit(forked.channels[0].call, PHOTO, "later")
+    with Forked(compute, 2, max_batch_size=4) as forked, ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(call, forked.channels[0], "later")
         for _ in range(3):
-            assert forked.channels[1].call(PHOTO, "now", 10) == {}
+            assert call(forked.channels[1], "now", timeout_s=10) == {}
         assert not waiting.done()
         go_on.set()
         with pytest.raises(InvalidRequest, match="too late"):
             waiting.result()
 
 
-def weigh(job: tuple) -> float:
-    return {"large": 1, "small": LARGE_WEIGHT}.get(job[-1], 0)
+def weigh(job: Request) -> float:
+    return {"large": 1, "small": LARGE_WEIGHT}.get(job.parameters.get("note"), 0)
 
 
 def test_large_jobs_leave_a_channel_for_others():
     go_on = FORK.Event()
 
-    def later():
+    def encode(source):
         go_on.wait()
-        return {}
+        return source
 
-    def runner(jobs):
-        return [later if message == "large" else {} for _, _, message in jobs]
+    def compute(jobs):
+        return [{"file": Deferred(encode, np.zeros(1))} if note == "large" else {} for note in notes(jobs)]
 
-    with Forked(runner, 5, max_batch_size=4, weigh=weigh) as forked, ThreadPoolExecutor(5) as pool:
-        large = [pool.submit(channel.call, PHOTO, "large") for channel in forked.channels[:4]]
+    with Forked(compute, 5, max_batch_size=4, weigh=weigh) as forked, ThreadPoolExecutor(5) as pool:
+        large = [pool.submit(call, channel, "large") for channel in forked.channels[:4]]
         wait_for(lambda: all(channel.is_processing() for channel in forked.channels[:4]))
         for _ in range(2):
             with pytest.raises(InferenceFailed, match="the server is busy with large requests: send this one again"):
-                forked.channels[4].call(PHOTO, "large", 10)
-            assert forked.channels[4].call(PHOTO, "small", 10) == {}
+                call(forked.channels[4], "large", timeout_s=10)
+            assert call(forked.channels[4], "small", timeout_s=10) == {}
         go_on.set()
-        assert [answer.result() for answer in large] == [{}] * 4
-        assert forked.channels[4].call(PHOTO, "large", 10) == {}
+        assert [answer.result()["file"].tolist() for answer in large] == [[0]] * 4
+        assert call(forked.channels[4], "large", timeout_s=10)["file"].tolist() == [0]
+
+
+def test_large_jobs_that_fail_make_room_for_others():
+    def fail(_source):
+        raise InvalidRequest("this one is bad")
+
+    def compute(jobs):
+        if "raise" in jobs[0].parameters["how"]:
+            raise InvalidRequest("this one is bad")
+        error = InferenceFailed("this one is bad")
+        return [Checked({"file": Deferred(fail, np.zeros(1))}, job.parameters["how"] == "later", error) for job in jobs]
+
+    with Forked(compute, 1, max_batch_size=1, weigh=lambda job: len(job.parameters)) as forked:
+        for how in 2 * ("raise", "later", "not valid"):  # there is room for one
+            with pytest.raises((InvalidRequest, InferenceFailed), match="this one is bad"):
+                forked.channels[0].call(PHOTO, ({"how": how}, None), 10)
 
 
 def test_a_small_job_is_part_of_the_next_batch_and_large_ones_do_not_share_one():
     memory = FORK.Array("i", 100, lock=False)  # the size of each batch
     begun, go_on = FORK.Semaphore(0), FORK.Semaphore(0)
 
-    def runner(jobs):
-        memory[memory[0] + 1] = 10 * sum(message == "large" for _, _, message in jobs) + len(jobs)
+    def compute(jobs):
+        memory[memory[0] + 1] = 10 * notes(jobs).count("large") + len(jobs)
         memory[0] += 1
         begun.release()
         go_on.acquire()
         return [{}] * len(jobs)
 
     options = {"weigh": weigh, "max_batch_weight": 1}
-    with Forked(runner, 6, max_batch_size=4, **options) as forked, ThreadPoolExecutor(6) as pool:
-        pending = [pool.submit(forked.channels[0].call, PHOTO, "large")]
+    with Forked(compute, 6, max_batch_size=4, **options) as forked, ThreadPoolExecutor(6) as pool:
+        pending = [pool.submit(call, forked.channels[0], "large")]
         begun.acquire()
         for channel, message in zip(forked.channels[1:], ("large", "large", "small", "small"), strict=False):
-            pending.append(pool.submit(channel.call, PHOTO, message))
+            pending.append(pool.submit(call, channel, message))
             wait_for(channel.is_processing)
         for _ in range(3):
             go_on.release()
@@ -413,22 +771,22 @@ def test_a_small_job_is_part_of_the_next_batch_and_large_ones_do_not_share_one()
 def test_requests_that_are_rejected_again_and_again_do_not_keep_others_from_being_read():
     over = threading.Event()
 
-    def read(*job):
-        if job[-1] == "bad":
+    def read(request):
+        if request.parameters["note"] == "bad":
             time.sleep(0.02)
             raise InvalidRequest("bad")
-        return job
+        return request
 
     def send(channel) -> None:
         while not over.is_set():
             with pytest.raises(InvalidRequest):
-                channel.call(PHOTO, "bad")
+                call(channel, "bad")
 
     with Forked(lambda jobs: [{}] * len(jobs), 4, 4, read=read) as forked, ThreadPoolExecutor(4) as pool:
         try:
             senders = [pool.submit(send, channel) for channel in forked.channels[:3]]
             for _ in range(5):
-                assert pool.submit(forked.channels[3].call, PHOTO, "good").result(timeout=2) == {}
+                assert pool.submit(call, forked.channels[3], "good").result(timeout=2) == {}
         finally:
             over.set()
         assert [sender.result() for sender in senders] == [None] * 3

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TOY_SERVER
+
+import serving
 
 FILES = [path for path in ROOT.rglob("*.py") if not {".venv", "tests"} & {*path.relative_to(ROOT).parts}]
 
@@ -19,23 +21,29 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in FILES}
 
 
-def imports(path: Path) -> set[str]:
-    """Return the project's modules that a file imports anywhere, type-only imports included."""
+def imported(path: Path) -> set[str]:
+    """Return what a file imports anywhere, type-only imports included."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            modules = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= modules if modules <= MODULES.keys() else {node.module, *modules}
-    return names & MODULES.keys()
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            # "from package import module" needs the module, and nothing that the package contains itself.
+            names |= inside if inside <= MODULES.keys() else {node.module, *inside}
+    return names
+
+
+def imports(path: Path) -> set[str]:
+    """Return the project's modules that a file imports."""
+    return imported(path) & MODULES.keys()
 
 
 def test_serving_imports_nothing_from_the_rest_of_the_project():
-    serving = [path for name, path in MODULES.items() if name.split(".")[0] == "serving"]
-    assert len(serving) > 5
-    for path in serving:
+    paths = [path for name, path in MODULES.items() if name.split(".")[0] == "serving"]
+    assert len(paths) > 5
+    for path in paths:
         assert {name for name in imports(path) if name.split(".")[0] != "serving"} == set(), path
 
 
@@ -46,6 +54,37 @@ def test_an_example_needs_no_other_server_and_nothing_needs_it():
         used = {module.split(".")[0] for module in imports(path)}
         assert "examples" not in used, path
         assert name not in examples or used <= {"photo", "pipelines", "serving"}, path
+
+
+def test_what_a_server_imports_is_listed_in_one_place():
+    exported = {"Checked", "Deferred", "InferenceFailed", "InvalidRequest", "Server", "Stages", "UsageError"}
+    exported |= {"add_serving_options", "make_parser", "number"}
+    assert set(serving.__all__) == exported
+    assert all(hasattr(serving, name) for name in exported)
+    # A server needs nothing else: the lesson, and the toy of the tests.
+    for path in (ROOT / "server.py", TOY_SERVER):
+        assert {name for name in imports(path) if name.startswith("serving.")} <= {"serving.options"}, path
+
+
+PRIVATE = (
+    "pytriton.models",
+    "pytriton.proxy.communication",
+    "pytriton.proxy.data",
+    "pytriton.proxy.inference",
+    "pytriton.proxy.validators",
+)
+
+
+def test_only_one_file_touches_the_private_parts_of_pytriton():
+    for path in FILES:
+        private = {name for name in imported(path) if name.startswith(PRIVATE)}
+        # Attributes such as triton._model_manager, of what PyTriton's packages contain.
+        code = path.read_text()
+        private |= {word for word in ("_model_manager", "_get_triton_model_config") if word in code}
+        if name_of(path) == "serving.pytriton_internals":
+            assert len(private) > 5
+        else:
+            assert private == set(), path
 
 
 def test_there_is_no_import_cycle():
@@ -69,6 +108,23 @@ def test_a_mistyped_option_does_not_wait_for_torch_and_dali(module):
         f"import {module} as server\ntry:\n    server.parse_options(['--nonsense'])\nexcept SystemExit:\n    pass"
     )
     assert not modules & {"torch", "torchvision", "nvidia.dali"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys, server\nsys.argv = ['server.py', '--nonsense']\ntry:\n    server.main()\nexcept SystemExit: pass",
+        "import serving",  # and none of its modules, for a server of your own
+        "import serving.pytriton_internals",
+    ],
+)
+def test_what_a_server_imports_at_its_start_waits_for_neither_torch_nor_dali(code):
+    assert not modules_after(code) & {"torch", "torchvision", "nvidia.dali", "nvidia.nvimgcodec"}
+
+
+def test_a_mistyped_option_does_not_touch_the_private_parts_of_pytriton():
+    # They take a second to import, and may be missing.
+    assert "serving.pytriton_internals" not in modules_after("import server\nserver.parse_options([])")
 
 
 def test_the_client_needs_neither_torch_nor_dali_nor_pytriton():
