@@ -172,11 +172,12 @@ class Fleet:
             except (RequestError, ValueError) as error:
                 raise ServerError(f"the example of {self._stages.__name__} failed: {error}") from error
 
-    def connect(self, model: "FrontendModel") -> None:
-        """Make the frontends serve the model that Triton has loaded. Raises ServerError."""
+    def connect(self, model: "FrontendModel", triton: int) -> None:
+        """Make the frontends serve the model that Triton, with this process ID, has loaded. Raises ServerError."""
         frontends = [(device, process) for device in self._devices for process in device.frontends]
         for device, process in frontends:
-            process.send(frontend.Assignment(model.triton_config, device.report.max_request_bytes, process.numbers))
+            limit = device.report.max_request_bytes
+            process.send(frontend.Assignment(model.triton_config, limit, process.numbers, triton))
         for _, process in frontends:
             if not process.pipe.poll(CONNECT_TIMEOUT_S):
                 raise ServerError(f"a frontend did not start within {CONNECT_TIMEOUT_S} s")

@@ -6,15 +6,19 @@ and responses takes the GIL. Several processes lift that limit.
 """
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 from pytriton.model_config.triton_model_config import TritonModelConfig
 
 from serving.instance import Instance
+from serving.leftovers import remove_after_server
+from serving.processes import survive_server
 
 HEARTBEAT_S = 0.5
 
@@ -28,13 +32,16 @@ class Assignment:
     config: TritonModelConfig
     max_request_bytes: int
     numbers: dict[int, int]  # of the instances: the position in the frontend's list, and the number in Triton
+    triton: int  # the process ID of tritonserver
 
 
 def main(pipe: Connection, instances: Sequence[Instance], heartbeat: np.ndarray) -> None:
     """Receive an Assignment, serve it, and confirm with True. Returns if a handler has ended.
 
-    ``heartbeat`` is float64 ``[1]``, which changes as long as this process is not stuck.
+    ``heartbeat`` is float64 ``[1]``, which changes as long as this process is not stuck. If the server is killed, this
+    process ends Triton, which would wait for the requests in flight forever.
     """
+    server = os.getppid()
     assignment: Assignment = pipe.recv()
     from serving.pytriton_internals import start_handlers
 
@@ -42,8 +49,13 @@ def main(pipe: Connection, instances: Sequence[Instance], heartbeat: np.ndarray)
     for instance in assigned.values():
         instance.max_request_bytes = assignment.max_request_bytes
     threads = start_handlers(assignment.config, assigned)
+    survive_server()
     pipe.send(True)
-    while all(thread.is_alive() for thread in threads):
+    while os.getppid() == server and all(thread.is_alive() for thread in threads):
         heartbeat[0] += 1
         time.sleep(HEARTBEAT_S)
-    LOGGER.error("a handler of PyTriton ended")
+    if os.getppid() == server:
+        LOGGER.error("a handler of PyTriton ended")
+    else:
+        workspace = Path(assignment.config.backend_parameters["workspace-path"]).parent
+        remove_after_server(server, assignment.triton, workspace)

@@ -62,9 +62,8 @@ def _run(parent: int, kind: str, main: Callable[..., None], pipe: object, *argum
     # Ctrl-C in a terminal, or closing it, reaches this process as well. It has requests to finish; the server ends it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    prctl = ctypes.CDLL(None).prctl
-    prctl(PR_SET_NAME, kind.encode())
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(PR_SET_NAME, kind.encode())
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the server was killed before prctl
         os._exit(1)
     try:
@@ -76,6 +75,15 @@ def _run(parent: int, kind: str, main: Callable[..., None], pipe: object, *argum
         LOGGER.exception("a %s failed", kind)
         os._exit(1)
     os._exit(0)  # Python's own exit would wait for threads
+
+
+def _prctl(*arguments: object) -> None:
+    ctypes.CDLL(None).prctl(*arguments)
+
+
+def survive_server() -> None:
+    """Let this child notice the end of the server by itself, from :func:`os.getppid`. It has to exit then."""
+    _prctl(PR_SET_PDEATHSIG, 0)
 
 
 def kill_all(children: Sequence[Child]) -> None:

@@ -11,12 +11,11 @@ import logging
 import os
 import re
 import resource
-import shutil
 import socket
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from multiprocessing import connection
 from pathlib import Path
@@ -29,6 +28,7 @@ from pytriton.exceptions import PyTritonError
 from pytriton.triton import TritonConfig, TritonSecurityConfig
 from pytriton.utils.distribution import get_stub_path
 
+from serving import leftovers
 from serving.errors import ServerError, UsageError
 from serving.fleet import Fleet
 from serving.lifecycle import Lifecycle
@@ -97,8 +97,8 @@ class Triton:
             model = self._internals.bind(triton, **self._model)
             fleet.check_example(model)
             self._start(triton)
-            fleet.connect(model)
-            helpers = _helper_processes()
+            fleet.connect(model, _tritonservers()[0].pid)
+            helpers = leftovers.helpers_of(_tritonservers())
             threading.Thread(target=self._fail_without_helpers, args=(triton, helpers), daemon=True).start()
             if not self._behind_proxy and not all(_is_loopback(address) for _, address, _ in _listening(self._config)):
                 LOGGER.warning("EXPOSED: whoever can reach this server can crash it: see docs/security.md for a proxy")
@@ -140,14 +140,14 @@ class Triton:
     def _fail_without_responses(self) -> None:
         self._lifecycle.fail(f"stopping: Triton has not responded for {self._timeout_s:g} s")
         # Clients that wait for it are told now. This also ends a server whose signal from fail() is lost.
-        _kill(_tritonservers())
+        leftovers.kill(_tritonservers())
 
     def _clean_up(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process], workspace: Path) -> None:
         """Stop Triton, and remove what it leaves behind, also if it was killed or ran out of time."""
-        helpers = {*helpers, *_helper_processes()}
-        leftovers = [workspace, *_model_folders(helpers), *self._environments]
+        helpers = {*helpers, *leftovers.helpers_of(_tritonservers())}
+        folders = [workspace, *leftovers.model_folders(helpers), *self._environments]
         # Triton's own exit timeout does not cover everything that it waits for.
-        killer = threading.Timer(2 * EXIT_TIMEOUT_S, _kill, args=[_tritonservers()])
+        killer = threading.Timer(2 * EXIT_TIMEOUT_S, leftovers.kill, args=[_tritonservers()])
         killer.start()
         # PyTriton prints what Triton's processes print, in the end the complaints of their resource trackers.
         quiet = contextlib.nullcontext() if self._verbose else contextlib.redirect_stdout(io.StringIO())
@@ -156,13 +156,7 @@ class Triton:
                 triton.stop()
             finally:
                 killer.cancel()
-                # The stub processes first: some of the others clean up after them.
-                _kill([helper for helper in helpers if _is_named(helper, "triton_python")])
-                _kill(psutil.wait_procs(helpers, timeout=1)[1])
-                for segment in _segments():
-                    segment.unlink(missing_ok=True)
-                for folder in leftovers:
-                    shutil.rmtree(folder, ignore_errors=True)
+                leftovers.remove(os.getpid(), helpers, folders)
 
 
 def _configure(options: argparse.Namespace) -> TritonConfig:
@@ -277,53 +271,16 @@ def prepare_environment() -> None:
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
 
 
-def _segments() -> Iterable[Path]:
-    """Return Triton's segments of shared memory, through which photos pass."""
-    return Path("/dev/shm").glob(f"pytrtion{os.getpid()}-*")  # PyTriton's spelling
-
-
 def _hide_segments(started: threading.Event) -> None:
     """Until Triton has started, watch for its segments. It creates them readable for all users of the machine."""
     done = False
     while not done:
         done = started.wait(0.01)
-        for segment in _segments():
+        for segment in leftovers.segments(os.getpid()):
             with contextlib.suppress(FileNotFoundError):
                 segment.chmod(0o600)
 
 
 def _tritonservers() -> list[psutil.Process]:
     """Return the process that PyTriton started, if it is running."""
-    return [child for child in psutil.Process().children() if _is_named(child, "tritonserver")]
-
-
-def _helper_processes() -> list[psutil.Process]:
-    """Return the processes that tritonserver started."""
-    helpers = []
-    for process in _tritonservers():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            helpers += process.children(recursive=True)
-    return helpers
-
-
-def _model_folders(helpers: Iterable[psutil.Process]) -> list[Path]:
-    """Return the folders that Triton creates for the model's code. The stub processes run a file in them."""
-    folders = []
-    for helper in helpers:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            folders += [
-                Path(word).parent.parent for word in helper.cmdline() if re.match(r"/tmp/folder\w+/1/model.py", word)
-            ]
-    return folders
-
-
-def _is_named(process: psutil.Process, prefix: str) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.name().startswith(prefix)
-    return False
-
-
-def _kill(processes: Iterable[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    return [child for child in psutil.Process().children() if leftovers.is_named(child, "tritonserver")]

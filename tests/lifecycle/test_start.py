@@ -247,8 +247,15 @@ def test_a_signal_while_the_workers_start_ends_the_server(tmp_path):
         assert server.left_behind() == []
 
 
+MANY_CORES = """
+import os
+os.sched_getaffinity = lambda _: range(32)
+"""
+
+
 def test_a_frontend_that_is_killed_while_the_worker_starts_is_noticed_if_it_is_needed(tmp_path):
-    with start_toy(tmp_path / "needed", "--start", "slow") as server:
+    script = patched_toy(tmp_path, MANY_CORES)
+    with start_toy(tmp_path / "needed", "--start", "slow", script=script) as server:
         wait_for(lambda: len(server.processes("frontend")) >= 2)  # as for a GPU
         server.processes("frontend")[0].kill()
         assert server.process.wait(timeout=30) == 1
@@ -256,7 +263,7 @@ def test_a_frontend_that_is_killed_while_the_worker_starts_is_noticed_if_it_is_n
         assert [line for line in lines if "INFO" not in line] == lines[-1:]
         assert lines[-1].endswith("CRITICAL server: stopping: a frontend exited")
         assert server.left_behind() == []
-    with start_toy(tmp_path / "idle", "--start", "slow") as server:
+    with start_toy(tmp_path / "idle", "--start", "slow", script=script) as server:
         wait_for(lambda: len(server.processes("frontend")) >= 2)
         server.processes("frontend")[-1].kill()
         server.wait_until_ready()
@@ -279,14 +286,16 @@ def test_a_signal_right_after_the_fork_of_a_worker_leaves_no_process_behind(tmp_
 
 
 PARENT_DIES_FIRST = """
-import ctypes, os, signal, time
+import contextlib, ctypes, os, signal, time
 import serving.processes
+
+SERVER = os.getpid()
 
 class Ctypes:
     def CDLL(self, name):
-        parent = os.getppid()
-        os.kill(parent, signal.SIGKILL)
-        while os.getppid() == parent:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(SERVER, signal.SIGKILL)
+        while os.getppid() == SERVER:
             time.sleep(0.01)
         return ctypes.CDLL(name)
 

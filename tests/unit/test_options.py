@@ -122,7 +122,7 @@ def test_a_server_without_options_has_the_documented_defaults():
     assert (options.frontends, options.behind_proxy, options.verbose) == (0, False, False)
     assert (options.start_timeout_s, options.worker_timeout_s, options.triton_timeout_s) == (600, 300, 30)
     assert DEVICE_DEFAULTS == {
-        "cuda": {"instances": 14, "max_batch_size": 7, "executors": 2, "max_queue": 512},
+        "cuda": {"instances": 20, "max_batch_size": 7, "executors": 2, "max_queue": 512},
         "cpu": {"instances": 5, "max_batch_size": 4, "executors": 1, "max_queue": 12},
     }
     assert device_default(options, "instances", "cuda") == 14

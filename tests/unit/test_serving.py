@@ -619,10 +619,10 @@ def test_without_a_size_option_there_are_only_fewer_instances():
     ("device_type", "cores", "workers", "expected"),
     [
         ("cpu", 64, 1, 1),
-        ("cuda", 2, 1, 2),
-        ("cuda", 16, 1, 2),
-        ("cuda", 17, 1, 3),
-        ("cuda", 33, 2, 2),
+        ("cuda", 2, 1, 1),
+        ("cuda", 14, 1, 2),
+        ("cuda", 16, 1, 3),
+        ("cuda", 16, 2, 1),
         ("cuda", 64, 2, 3),
     ],
 )

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Triton leaves behind: processes, shared memory and folders, above all if something is killed."""
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+
+def segments(server: int) -> Iterable[Path]:
+    """Return Triton's segments of shared memory, through which photos pass. ``server`` is the server's process ID."""
+    return Path("/dev/shm").glob(f"pytrtion{server}-*")  # PyTriton's spelling
+
+
+def helpers_of(tritonservers: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Return the processes that tritonserver started."""
+    helpers = []
+    for process in tritonservers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            helpers += process.children(recursive=True)
+    return helpers
+
+
+def model_folders(helpers: Iterable[psutil.Process]) -> list[Path]:
+    """Return the folders that Triton created for the model's code. Its stub processes run a file in them."""
+    folders = []
+    for helper in helpers:
+        with contextlib.suppress(psutil.Error):
+            files = [word for word in helper.cmdline() if re.fullmatch(r"/tmp/folder\w+/1/model\.py", word)]
+            folders += [Path(file).parent.parent for file in files]
+    return folders
+
+
+def is_named(process: psutil.Process, prefix: str) -> bool:
+    """Return whether the process is running and has a name that begins like this."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name().startswith(prefix)
+    return False
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Kill processes that may have ended already."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def remove(server: int, helpers: Iterable[psutil.Process], folders: Iterable[Path]) -> None:
+    """End what is left of Triton's helper processes, and remove segments and folders."""
+    # The stub processes first: some of the others clean up after them.
+    kill([helper for helper in helpers if is_named(helper, "triton_python")])
+    kill(psutil.wait_procs(helpers, timeout=1)[1])
+    for segment in segments(server):
+        segment.unlink(missing_ok=True)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_after_server(server: int, triton: int, workspace: Path) -> None:
+    """End Triton, whose server was killed, and remove what both leave behind."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(triton)
+        helpers = helpers_of([process])
+        folders = [workspace, *model_folders(helpers)]
+        kill([process])
+        remove(server, helpers, folders)
