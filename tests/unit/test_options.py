@@ -125,7 +125,7 @@ def test_a_server_without_options_has_the_documented_defaults():
         "cuda": {"instances": 20, "max_batch_size": 7, "executors": 2, "max_queue": 512},
         "cpu": {"instances": 5, "max_batch_size": 4, "executors": 1, "max_queue": 12},
     }
-    assert device_default(options, "instances", "cuda") == 14
+    assert device_default(options, "instances", "cuda") == 20
     assert device_default(server.parse_options(["--instances", "3"]), "instances", "cuda") == 3
 
 
