@@ -54,7 +54,7 @@ class Instance:
             raise InvalidRequest(f"the request has {size} bytes, but the limit is {self.max_request_bytes}")
         try:
             message = request.parameters or {}, request.requested_output_names
-            return self.channel.call(arrays, message, self._timeout_s)
+            response = self.channel.call(arrays, message, self._timeout_s)
         except ValueError:
             raise InvalidRequest("the inputs or parameters of the request are too long") from None
         except ConnectionError:
@@ -62,3 +62,7 @@ class Instance:
         except TimeoutError:
             self._lifecycle.fail(f"stopping: a worker has responded to no request for {self._timeout_s:g} s")
             raise InferenceFailed("the server took too long and is stopping: try again later") from None
+        for name, array in response.items():
+            if array.size == 0:  # PyTriton would fail with an error that says nothing, and which nobody logs
+                raise InferenceFailed(f"the output {name} is empty, which PyTriton cannot return")
+        return response

@@ -361,6 +361,15 @@ def test_a_server_that_has_drained_refuses_requests():
             instance([request])
 
 
+@pytest.mark.parametrize("empty", [np.empty((0, 3)), np.empty(0, object), np.empty(0, str)])
+def test_an_empty_output_is_refused_with_its_name(empty, caplog):
+    with Forked(lambda jobs: [{"found": empty}] * len(jobs), 1, 1) as forked:
+        instance, request = make_instance(forked), Request({"image": np.zeros((1, 5), np.uint8)}, {})
+        with pytest.raises(InferenceFailed, match="the output found is empty, which PyTriton cannot return"):
+            instance([request])
+    assert "the output found is empty" in caplog.text
+
+
 class Client:
     """A process that has a request in flight until it is told to end."""
 
