@@ -66,7 +66,7 @@ def main(
         logging.disable(logging.NOTSET)
     except ServerError:
         raise
-    except Exception as error:  # typically torch's and DALI's, about a GPU whose memory is full
+    except (Exception, SystemExit) as error:  # typically torch's and DALI's, about a GPU whose memory is full
         LOGGER.debug("a worker failed to start", exc_info=error)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ServerError(f"a worker failed to start: {reason}; --verbose shows where") from error
