@@ -44,8 +44,9 @@ class Inversion(Stages):
         self.options = options
         if options.start == "hang":
             time.sleep(1000)
-        if options.start == "slow":
-            time.sleep(1)
+        if options.start.startswith("/"):  # when this file exists
+            while not Path(options.start).exists():
+                time.sleep(0.01)
         if options.start == "no memory":
             raise RuntimeError("CUDA out of memory. Tried to allocate 20 MiB.\nAnd advice.")
         if options.start == "wrong option":

@@ -229,9 +229,9 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
         for what in ("hanging worker", "killed Triton", "killed Triton, noticed late"):
             broken[what].suspend("worker")
             broken[what].use()
-        for what in servers.keys() - {"hanging worker", "killed Triton", "killed Triton, noticed late"}:
-            if what != "exiting worker":
-                broken[what].use()
+        for what, one in broken.items():
+            if not one.clients and what != "exiting worker":
+                one.use()
         for server in servers.values():
             server.segments()
         broken["hanging Triton"].suspend("tritonserver")
@@ -292,7 +292,7 @@ def test_a_killed_frontend_ends_the_server(broken, what):
 
 def test_a_frontend_that_hangs_ends_the_server_after_its_timeout(broken):
     broken["hanging frontend"].assert_it_ends("stopping: a frontend hung for 3 s")
-    # The first check that finds it silent may come a second after it hangs.
+    # Three checks in a row, of which the first may come right after it hangs, or a second later.
     assert 2.4 < broken["hanging frontend"].seconds_until("a frontend hung") < 6
 
 
@@ -326,9 +326,9 @@ def test_a_triton_that_hangs_ends_the_server_after_its_timeout(broken):
     assert 2.9 < broken["hanging Triton"].seconds_until(said) < 6
 
 
-def test_a_killed_server_leaves_no_process_and_no_shared_memory_behind(broken):
+def test_a_killed_server_leaves_nothing_behind(broken):
     server = broken["killed server"].server
     assert psutil.wait_procs(server.family(), timeout=20)[1] == []
-    assert server.segments() == set()
+    assert server.left_behind() == []
     for client in broken["killed server"].clients:
         assert re.search(TOLD, client.result()[1])

@@ -73,6 +73,114 @@ def test_a_worker_that_does_not_start_ends_the_server_with_one_line(arguments, s
         assert server.left_behind() == []
 
 
+# What a class of somebody's own may get wrong, as code that replaces something in the toy's.
+WRONG_STAGES = {
+    "an example that is refused": (
+        "Inversion.example = classmethod(lambda cls, options: Request({'image': np.zeros(9, np.uint8)}, {}))",
+        "a worker failed to start: the photo ",
+    ),
+    "an example that cannot be computed": (
+        "Inversion.__call__ = lambda self, jobs: [] [0]",
+        "a worker failed to start: list index out of range; --verbose shows where",
+    ),
+    "an example whose result is not valid": (
+        "Inversion.__call__ = lambda self, jobs: [Checked({}, False, ValueError('not finite'))] * len(jobs)",
+        "a worker failed to start: not finite; --verbose shows where",
+    ),
+    "an example that is too large": (
+        "Inversion.limits = classmethod(lambda cls, options: (10, 10_000_000))",
+        "the example of Inversion failed: the request has ",
+    ),
+    "a response that is too large": (
+        "Inversion.limits = classmethod(lambda cls, options: (10_000_000, 10))",
+        "a worker failed to start: the response exceeds the limit of ",
+    ),
+    "an output that was not bound": (
+        "Inversion.__call__ = lambda self, jobs: [{'other': np.zeros(3)}] * len(jobs)",
+        "the example of Inversion failed: Returned output `other` is not defined in model config for model `Toy`.",
+    ),
+    "an output of another type": (
+        "Inversion.__call__ = lambda self, jobs: [{'mean': np.zeros(3, np.float32)}] * len(jobs)",
+        "the example of Inversion failed: Returned output `mean` for model `Toy` has invalid type. Returned: float32",
+    ),
+    "strings instead of numbers": (
+        "Inversion.__call__ = lambda self, jobs: [{'mean': np.array(['a', 'b', 'c'])}] * len(jobs)",
+        "the example of Inversion failed: Returned output `mean` for model `Toy` has invalid type. Returned: object",
+    ),
+    "no strings": (
+        "Inversion.__call__ = lambda self, jobs: [{'mean': np.empty(0, object)}] * len(jobs)",
+        "the example of Inversion failed: the output mean is empty, which PyTriton cannot return",
+    ),
+    "an output of another shape": (
+        "Inversion.__call__ = lambda self, jobs: [{'mean': np.zeros(4)}] * len(jobs)",
+        "the example of Inversion failed: Returned output `mean` for model `Toy` has invalid shapes at one or more",
+    ),
+    "an output of more dimensions": (
+        "Inversion.__call__ = lambda self, jobs: [{'mean': np.zeros((1, 3))}] * len(jobs)",
+        "the example of Inversion failed: Returned output `mean` for model `Toy` has invalid shapes.",
+    ),
+    "an exception without a message": (
+        "def raise_it(*_): raise AssertionError\nInversion.__init__ = raise_it",
+        "a worker failed to start: AssertionError; --verbose shows where",
+    ),
+    "an exception with a message of several lines": (
+        "def raise_it(*_): raise RuntimeError('\\n first\\nsecond')\nInversion.__init__ = raise_it",
+        "a worker failed to start: first; --verbose shows where",
+    ),
+    "an exception that cannot be pickled": (
+        "def raise_it(*_):\n    class Own(Exception): pass\n    raise Own(raise_it)\nInversion.__init__ = raise_it",
+        "a worker failed to start: <function raise_it at ",
+    ),
+    "a recursion": (
+        "def recurse(*arguments): recurse(*arguments)\nInversion.__init__ = recurse",
+        "a worker failed to start: maximum recursion depth exceeded",
+    ),
+    "an end of the process": (
+        "Inversion.__init__ = lambda *_: sys.exit('no license')",
+        "a worker failed to start: no license; --verbose shows where",
+    ),
+}
+REPLACE = """
+import numpy as np
+from pathlib import Path
+from pytriton.proxy.types import Request
+from serving import Checked
+from toy_server import Inversion
+"""
+
+
+@pytest.mark.parametrize("what", WRONG_STAGES)
+def test_stages_that_are_wrong_end_the_server_with_one_line(what, tmp_path):
+    code, expected = WRONG_STAGES[what]
+    with start_toy(tmp_path / "log", script=patched_toy(tmp_path, REPLACE + code)) as server:
+        assert server.process.wait(timeout=30) == 1
+        lines = server.log.read_text().splitlines()
+        assert lines[-1].startswith(f"patched_toy.py: {expected}")
+        assert [line for line in lines[:-1] if " INFO " not in line and " WARNING " not in line] == []
+        assert server.left_behind() == []
+
+
+@pytest.mark.parametrize(
+    ("code", "missing"),
+    [
+        ("import pytriton.models.model as m; del m.Model.setup", "type object 'Model' has no attribute 'setup'"),
+        ("import pytriton.models.model as m; del m.Model._get_triton_model_config", "'_get_triton_model_config'"),
+        ("import pytriton.models.manager as m; del m.ModelManager.models", "'ModelManager' has no attribute 'models'"),
+        ("import pytriton.proxy.inference as m; del m.RequestsResponsesConnector", "'RequestsResponsesConnector'"),
+        ("import pytriton.proxy.data as m; del m.TensorStoreSerializerDeserializer", "'TensorStoreSerializerDeser"),
+        ("import pytriton.proxy.communication as m; del m.get_config_from_handshake_server", "'get_config_from_handsh"),
+    ],
+)
+def test_a_pytriton_that_lacks_something_is_one_line(code, missing, tmp_path):
+    script = patched_toy(tmp_path, code)
+    done = run_python(script, "--http-port", free_ports(1)[0])
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("patched_toy.py: PyTriton 0.7.0 lacks what this server uses (")
+    assert missing in line
+    assert line.endswith("): install requirements.txt")
+
+
 def serving_options(*arguments: object) -> argparse.Namespace:
     """Return the options of a server that gets these arguments, and free ports otherwise."""
     parser = make_parser("A server.")
@@ -247,29 +355,23 @@ def test_a_signal_while_the_workers_start_ends_the_server(tmp_path):
         assert server.left_behind() == []
 
 
-MANY_CORES = """
-import os
-os.sched_getaffinity = lambda _: range(32)
-"""
-
-
 def test_a_frontend_that_is_killed_while_the_worker_starts_is_noticed_if_it_is_needed(tmp_path):
-    script = patched_toy(tmp_path, MANY_CORES)
-    with start_toy(tmp_path / "needed", "--start", "slow", script=script) as server:
-        wait_for(lambda: len(server.processes("frontend")) >= 2)  # as for a GPU
-        server.processes("frontend")[0].kill()
-        assert server.process.wait(timeout=30) == 1
-        lines = server.log.read_text().splitlines()
-        assert [line for line in lines if "INFO" not in line] == lines[-1:]
+    go_on = tmp_path / "go on"
+    servers = {name: start_toy(tmp_path / name, "--start", go_on, "--frontends", 2) for name in ("needed", "idle")}
+    with servers["needed"] as needed, servers["idle"] as idle:
+        for server, index in ((needed, 0), (idle, -1)):
+            wait_for(lambda server=server: len(server.processes("frontend")) == 2)
+            server.processes("frontend")[index].kill()  # with one instance, the second has nothing to do
+        go_on.touch()
+        assert needed.process.wait(timeout=30) == 1
+        lines = needed.log.read_text().splitlines()
+        assert [line for line in lines if " INFO " not in line] == lines[-1:]
         assert lines[-1].endswith("CRITICAL server: stopping: a frontend exited")
-        assert server.left_behind() == []
-    with start_toy(tmp_path / "idle", "--start", "slow", script=script) as server:
-        wait_for(lambda: len(server.processes("frontend")) >= 2)
-        server.processes("frontend")[-1].kill()
-        server.wait_until_ready()
-        assert len(server.processes("frontend")) == 1
-        assert server.stop() == 0
-        assert "Traceback" not in server.log.read_text()
+        assert needed.left_behind() == []
+        idle.wait_until_ready()
+        assert len(idle.processes("frontend")) == 1
+        assert idle.stop() == 0
+        assert "Traceback" not in idle.log.read_text()
 
 
 SIGNAL_AFTER_FORK = """

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from conftest import PHOTO, PROTOCOLS, Server, decode, infer_until_refused, running_together, start_toy, wait_for
 
@@ -53,6 +54,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
         "long drain": start_toy(folder / "long", "--drain-s", 6, "--instances", 2, "--triton-timeout-s", 3),
         "short drain": start_toy(folder / "short", "--drain-s", 1),
         "killed Triton": start_toy(folder / "triton", "--drain-s", 6),
+        "frontends": start_toy(folder / "frontends", *busy, "--drain-s", 20, "--frontends", 3, "--instances", 6),
     }
     with running_together(servers), ThreadPoolExecutor(100) as pool:
         stopped = {how: Stopped(server) for how, server in servers.items()}
@@ -67,8 +69,18 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
                 pool.submit(servers[how].connect(protocol).infer, PHOTO, (), {"sleep_s": seconds})
                 for protocol in PROTOCOLS
             ]
+        # A request for each instance, two in each of the frontends, and 14 that wait for them.
+        go_on = folder / "go on"
+        server = servers["frontends"]
+        stopped["frontends"].clients = [
+            pool.submit(server.connect(protocol).infer, PHOTO, (), {"hold": str(go_on), "add": number})
+            for number, protocol in enumerate(PROTOCOLS * 10)
+        ]
+        wait_for(lambda: server.metric("pending_request_count") == 14)
         for how, server in servers.items():
-            wait_for(lambda server=server: "sleeping for" in server.log.read_text())
+            wait_for(
+                lambda server=server: "sleeping for" in server.log.read_text() or "holding" in server.log.read_text()
+            )
             if how in UNDER_LOAD:
                 wait_for(lambda server=server: server.metric("request_success") >= 4)
             server.segments()
@@ -83,6 +95,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
             servers[how].process.send_signal(signal.SIGINT)
             servers[how].process.send_signal(signal.SIGTERM)
         servers["killed Triton"].processes("tritonserver")[0].kill()
+        wait_for(lambda: "stopping: " in servers["frontends"].log.read_text())
+        go_on.touch()
         yield stopped
         for server in servers.values():
             server.process.kill()
@@ -103,6 +117,13 @@ def test_requests_in_flight_are_finished_within_the_drain_time(stopped):
     for client in stopped["long drain"].clients:
         assert (client.result()["inverted"][0] == 255 - decode(PHOTO)).all()
     assert "in flight have 6 s to finish" in log
+    assert "took too long" not in log
+
+
+def test_requests_in_flight_in_all_frontends_are_finished(stopped):
+    log = stopped["frontends"].assert_it_ended_cleanly(within_s=12)
+    for number, client in enumerate(stopped["frontends"].clients):
+        assert (client.result()["inverted"][0] == 255 - decode(PHOTO) - np.uint8(number)).all()
     assert "took too long" not in log
 
 
