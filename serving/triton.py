@@ -88,7 +88,10 @@ class Triton:
 
         Leaves through SystemExit or ServerError.
         """
-        workspace = create_workspace(self._model["model_name"])
+        with create_workspace(self._model["model_name"]) as workspace:
+            self._serve_from(Path(workspace), fleet)
+
+    def _serve_from(self, workspace: Path, fleet: Fleet) -> None:
         triton = pytriton.triton.Triton(
             config=self._config, workspace=workspace / "triton", security_config=self._security
         )

@@ -36,9 +36,10 @@ def find_folder(model_name: str = "model") -> Path:
     raise UsageError(f"{problem}: set PYTRITON_HOME to another folder, such as /tmp/pytriton")
 
 
-def create_workspace(model_name: str) -> Path:
-    """Create a private folder and return its path. Raises UsageError."""
-    return Path(tempfile.mkdtemp(prefix="workspace_", dir=find_folder(model_name)))
+def create_workspace(model_name: str) -> tempfile.TemporaryDirectory:
+    """Create a private folder, which is removed at the end of a ``with`` block. Raises UsageError."""
+    folder = find_folder(model_name)
+    return tempfile.TemporaryDirectory(prefix="workspace_", dir=folder, ignore_cleanup_errors=True)
 
 
 def _default_folders() -> list[Path]:
