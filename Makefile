@@ -21,7 +21,7 @@ serve: .venv/run
 	$(BIN)/python server.py
 
 test: .venv/dev
-	@echo "Running the tests, which takes about 4 minutes on two cores. make test-long runs the others."
+	@echo "Running the tests, which takes about 6 minutes on two cores. make test-long runs the others."
 	$(BIN)/python -m pytest tests/unit tests/served
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/lifecycle
 

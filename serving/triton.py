@@ -100,8 +100,10 @@ class Triton:
             model = self._internals.bind(triton, **self._model)
             fleet.check_example(model)
             self._start(triton)
-            fleet.connect(model, _tritonservers()[0].pid)
-            helpers = leftovers.helpers_of(_tritonservers())
+            if not (tritonservers := _tritonservers()):
+                raise ServerError("Triton exited unexpectedly; --verbose shows its log")
+            fleet.connect(model, tritonservers[0].pid)
+            helpers = leftovers.helpers_of(tritonservers)
             threading.Thread(target=self._fail_without_helpers, args=(triton, helpers), daemon=True).start()
             if not self._behind_proxy and not all(_is_loopback(address) for _, address, _ in _listening(self._config)):
                 LOGGER.warning("EXPOSED: whoever can reach this server can crash it: see docs/security.md for a proxy")
