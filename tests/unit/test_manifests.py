@@ -225,6 +225,12 @@ def test_what_is_deployed_asks_for_a_key_that_one_command_adds(deployment, tmp_p
             assert all(expected in said for said in answers(proxy, key))
 
 
+def test_compose_limits_swap_to_none():
+    """Docker adds swap to the limit of memory, and rejects a sum below it."""
+    server = COMPOSE["services"]["server"]
+    assert server["memswap_limit"] == server["mem_limit"]
+
+
 @NEEDS_NGINX
 @pytest.mark.parametrize("missing", image_files())
 def test_the_proxy_does_not_start_if_one_of_its_files_is_missing(missing, tmp_path):
