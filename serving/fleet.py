@@ -2,6 +2,7 @@
 """The processes that serve: for each device a worker and its frontends. Starts them, watches them and ends them."""
 
 import argparse
+import contextlib
 import errno
 import logging
 import shutil
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from pytriton.proxy.types import Request
 
-from serving import frontend, worker
-from serving.channel import open_channels
+from serving.channel import Channel, open_channels
 from serving.device import list_devices
 from serving.errors import RequestError, ServerError, UsageError
+from serving.frontend import Assignment, run_frontend
 from serving.instance import Instance
 from serving.lifecycle import Lifecycle
 from serving.options import MOST_DEFAULT_INSTANCES, count_frontends, device_default
@@ -26,23 +27,31 @@ from serving.processes import Child, kill_all
 from serving.shared import share_numbers
 from serving.stages import Stages
 from serving.traffic import Traffic
+from serving.watchdog import Watchdog
+from serving.worker import Ready, run_worker
 
 if TYPE_CHECKING:
     from serving.pytriton_internals import FrontendModel
 
 CONNECT_TIMEOUT_S = 30
-HEARTBEAT_CHECKS = 3  # in a row; after a pause of the whole machine, only the first one fails
 
 LOGGER = logging.getLogger("server")
 
 
 class _Frontend(Child):
-    """A frontend process."""
+    """A frontend process, as seen from the server."""
 
     def __init__(self, instances: Sequence[Instance]):
         self.heartbeat = share_numbers(1)
         self.numbers: dict[int, int] = {}
-        super().__init__("frontend", frontend.main, instances, self.heartbeat)
+        super().__init__("frontend", run_frontend, instances, self.heartbeat)
+
+    def beats(self, timeout_s: float) -> bool:
+        """Return whether its heartbeat changes within this time."""
+        last, deadline = self.heartbeat[0], time.monotonic() + timeout_s
+        while self.heartbeat[0] == last and time.monotonic() < deadline:
+            time.sleep(min(0.1, timeout_s))
+        return self.heartbeat[0] != last
 
 
 @dataclass(eq=False)
@@ -54,7 +63,7 @@ class _Device:
     printed: Printed
     worker: Child
     frontends: list[_Frontend]
-    report: worker.Ready | None = None
+    report: Ready | None = None
 
 
 class Fleet:
@@ -67,6 +76,7 @@ class Fleet:
         self._lifecycle = lifecycle
         self._devices: list[_Device] = []
         self._watcher: threading.Thread | None = None
+        self._watchdogs = contextlib.ExitStack()  # of the frontends
         self.traffic: Traffic | None = None  # once the devices are known
         self.instances: list[Instance] = []
 
@@ -82,6 +92,7 @@ class Fleet:
 
     def __exit__(self, *_: object) -> None:
         self._lifecycle.ignore_signals()
+        self._watchdogs.close()
         kill_all([child for device in self._devices for child in (*device.frontends, device.worker)])
         if self._watcher:  # which logs what the workers were doing
             self._watcher.join()
@@ -93,19 +104,7 @@ class Fleet:
         count = options.instances or MOST_DEFAULT_INSTANCES
         self.traffic = Traffic(count * len(names))
         for index, name in enumerate(names):
-            try:
-                channels = open_channels(count, *self._stages.limits(options))
-            except (OSError, OverflowError) as error:
-                number = getattr(error, "errno", None)
-                if number == errno.ENOSPC:  # semaphores are there
-                    raise UsageError(
-                        "/dev/shm is full: remove what killed servers left, see docs/production.md"
-                    ) from error
-                if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
-                    raise UsageError(f"/dev/shm must be a writable tmpfs, but: {error.strerror}") from error
-                size = self._stages.size_option
-                limit = f"--{size.replace('_', '-')} {getattr(options, size)}: " if size else ""
-                raise UsageError(f"{limit}not enough memory ({error})") from error
+            channels = self._open_channels(count)
             instances = [
                 Instance(index * count + number, channel, options.worker_timeout_s, self.traffic, self._lifecycle)
                 for number, channel in enumerate(channels)
@@ -113,12 +112,25 @@ class Fleet:
             printed = Printed()
             # Between a fork and what remembers it, a signal would leave an orphaned process.
             with self._lifecycle.signals_deferred():
-                process = Child("worker", worker.main, self._stages, options, name, channels, printed, shm_bytes)
+                process = Child("worker", run_worker, self._stages, options, name, channels, printed, shm_bytes)
                 device = _Device(name, instances, printed, process, [])
                 self._devices.append(device)
                 # The type of the device is not known yet: as many as on a GPU.
                 for _ in range(count_frontends(options, "cuda", len(names))):
                     device.frontends.append(_Frontend(instances))
+
+    def _open_channels(self, count: int) -> list[Channel]:
+        try:
+            return open_channels(count, *self._stages.limits(self._options))
+        except (OSError, OverflowError) as error:
+            number = getattr(error, "errno", None)
+            if number == errno.ENOSPC:  # semaphores are there
+                raise UsageError("/dev/shm is full: remove what killed servers left, see docs/production.md") from error
+            if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+                raise UsageError(f"/dev/shm must be a writable tmpfs, but: {error.strerror}") from error
+            size = self._stages.size_option
+            limit = f"--{size.replace('_', '-')} {getattr(self._options, size)}: " if size else ""
+            raise UsageError(f"{limit}not enough memory ({error})") from error
 
     def _wait_for_workers(self) -> None:
         """Wait for the reports of the workers, and share out the instances. Raises a worker's ServerError."""
@@ -177,11 +189,13 @@ class Fleet:
         frontends = [(device, process) for device in self._devices for process in device.frontends]
         for device, process in frontends:
             limit = device.report.max_request_bytes
-            process.send(frontend.Assignment(model.triton_config, limit, process.numbers, triton))
+            process.send(Assignment(model.triton_config, limit, process.numbers, triton))
         for _, process in frontends:
             if not process.pipe.poll(CONNECT_TIMEOUT_S):
                 raise ServerError(f"a frontend did not start within {CONNECT_TIMEOUT_S} s")
             process.receive()
+            watchdog = Watchdog(process.beats, self._options.triton_timeout_s, self._fail_without_heartbeat)
+            self._watchdogs.enter_context(watchdog)
         LOGGER.debug("frontends: %d", len(frontends))
 
     def abandon(self) -> None:
@@ -190,26 +204,18 @@ class Fleet:
             device.worker.process.kill()
 
     def _watch(self) -> None:
-        """Stop the server if a process ends or hangs. Returns when all have ended."""
+        """Stop the server if a process ends. Returns when all have ended."""
         workers = {device.worker.sentinel: device for device in self._devices}
         frontends = {process.sentinel: (process, device) for device in self._devices for process in device.frontends}
-        heartbeats: dict[int, float] = {}
-        silent = dict.fromkeys(frontends, 0)
         while workers or frontends:
-            ended = connection.wait([*workers, *frontends], self._options.triton_timeout_s / HEARTBEAT_CHECKS)
-            for sentinel in ended:
+            for sentinel in connection.wait([*workers, *frontends]):
                 if sentinel in workers:
                     self._lose_worker(workers.pop(sentinel))
                 else:
                     self._lose_frontend(*frontends.pop(sentinel))
-            if ended:
-                continue
-            for sentinel, (process, _) in frontends.items():
-                heartbeat = process.heartbeat[0]
-                silent[sentinel] = silent[sentinel] + 1 if heartbeats.get(sentinel) == heartbeat else 0
-                heartbeats[sentinel] = heartbeat
-                if heartbeat and silent[sentinel] == HEARTBEAT_CHECKS:
-                    self._lifecycle.fail(f"stopping: a frontend hung for {self._options.triton_timeout_s:g} s")
+
+    def _fail_without_heartbeat(self) -> None:
+        self._lifecycle.fail(f"stopping: a frontend hung for {self._options.triton_timeout_s:g} s")
 
     def _lose_worker(self, device: _Device) -> None:
         for instance in device.instances:

@@ -35,7 +35,7 @@ class Assignment:
     triton: int  # the process ID of tritonserver
 
 
-def main(pipe: Connection, instances: Sequence[Instance], heartbeat: np.ndarray) -> None:
+def run_frontend(pipe: Connection, instances: Sequence[Instance], heartbeat: np.ndarray) -> None:
     """Receive an Assignment, serve it, and confirm with True. Returns if a handler has ended.
 
     ``heartbeat`` is float64 ``[1]``, which changes as long as this process is not stuck. If the server is killed, this

@@ -11,7 +11,7 @@ import psutil
 
 
 def segments(server: int) -> Iterable[Path]:
-    """Return Triton's segments of shared memory, through which photos pass. ``server`` is the server's process ID."""
+    """Return Triton's segments of shared memory, through which requests and responses pass. ``server`` is the server's process ID."""
     return Path("/dev/shm").glob(f"pytrtion{server}-*")  # PyTriton's spelling
 
 
@@ -41,18 +41,18 @@ def is_named(process: psutil.Process, prefix: str) -> bool:
     return False
 
 
-def kill(processes: Iterable[psutil.Process]) -> None:
+def kill_processes(processes: Iterable[psutil.Process]) -> None:
     """Kill processes that may have ended already."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
-def remove(server: int, helpers: Iterable[psutil.Process], folders: Iterable[Path]) -> None:
+def remove_leftovers(server: int, helpers: Iterable[psutil.Process], folders: Iterable[Path]) -> None:
     """End what is left of Triton's helper processes, and remove segments and folders."""
     # The stub processes first: some of the others clean up after them.
-    kill([helper for helper in helpers if is_named(helper, "triton_python")])
-    kill(psutil.wait_procs(helpers, timeout=1)[1])
+    kill_processes([helper for helper in helpers if is_named(helper, "triton_python")])
+    kill_processes(psutil.wait_procs(helpers, timeout=1)[1])
     for segment in segments(server):
         segment.unlink(missing_ok=True)
     for folder in folders:
@@ -61,9 +61,10 @@ def remove(server: int, helpers: Iterable[psutil.Process], folders: Iterable[Pat
 
 def remove_after_server(server: int, triton: int, workspace: Path) -> None:
     """End Triton, whose server was killed, and remove what both leave behind."""
+    tritonservers = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(triton)
-        helpers = helpers_of([process])
-        folders = [workspace, *model_folders(helpers)]
-        kill([process])
-        remove(server, helpers, folders)
+        tritonservers.append(psutil.Process(triton))
+    helpers = helpers_of(tritonservers)
+    folders = [workspace, *model_folders(helpers)]
+    kill_processes(tritonservers)
+    remove_leftovers(server, helpers, folders)

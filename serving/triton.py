@@ -28,12 +28,12 @@ from pytriton.exceptions import PyTritonError
 from pytriton.triton import TritonConfig, TritonSecurityConfig
 from pytriton.utils.distribution import get_stub_path
 
-from serving import leftovers
 from serving.errors import ServerError, UsageError
 from serving.fleet import Fleet
+from serving.leftovers import helpers_of, is_named, kill_processes, model_folders, remove_leftovers, segments
 from serving.lifecycle import Lifecycle
 from serving.options import DEFAULT_ADDRESS, DEFAULT_PORTS
-from serving.watchdog import Watchdog
+from serving.watchdog import TritonProbe, Watchdog
 from serving.workspace import create_workspace, find_folder
 
 # Seconds that Triton waits for clients to close their connections when it exits. `docker stop` kills after 10 s.
@@ -103,13 +103,14 @@ class Triton:
             if not (tritonservers := _tritonservers()):
                 raise ServerError("Triton exited unexpectedly; --verbose shows its log")
             fleet.connect(model, tritonservers[0].pid)
-            helpers = leftovers.helpers_of(tritonservers)
+            helpers = helpers_of(tritonservers)
             threading.Thread(target=self._fail_without_helpers, args=(triton, helpers), daemon=True).start()
             if not self._behind_proxy and not all(_is_loopback(address) for _, address, _ in _listening(self._config)):
                 LOGGER.warning("EXPOSED: whoever can reach this server can crash it: see docs/security.md for a proxy")
             LOGGER.info("ready: model %s at %s", self._model["model_name"], _urls(self._config))
             endpoint = next(_listening(self._config))  # of HTTP, or of gRPC if HTTP is off
-            with Watchdog(*endpoint, self._model["model_name"], self._timeout_s, self._fail_without_responses):
+            probe = TritonProbe(*endpoint, self._model["model_name"])
+            with Watchdog(probe.is_ready, self._timeout_s, self._fail_without_responses):
                 triton.serve(monitoring_period_s=1)
             self._lifecycle.ignore_signals()
             if not workspace.exists():
@@ -119,7 +120,7 @@ class Triton:
             self._lifecycle.drain(fleet.traffic, fleet.abandon)
             raise
         finally:
-            self._clean_up(triton, helpers, workspace)
+            self._clean_up(triton, helpers)
 
     def _start(self, triton: pytriton.triton.Triton) -> None:
         environments = set(Path("/tmp").glob("python_env_*"))
@@ -145,14 +146,14 @@ class Triton:
     def _fail_without_responses(self) -> None:
         self._lifecycle.fail(f"stopping: Triton has not responded for {self._timeout_s:g} s")
         # Clients that wait for it are told now. This also ends a server whose signal from fail() is lost.
-        leftovers.kill(_tritonservers())
+        kill_processes(_tritonservers())
 
-    def _clean_up(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process], workspace: Path) -> None:
+    def _clean_up(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process]) -> None:
         """Stop Triton, and remove what it leaves behind, also if it was killed or ran out of time."""
-        helpers = {*helpers, *leftovers.helpers_of(_tritonservers())}
-        folders = [workspace, *leftovers.model_folders(helpers), *self._environments]
+        helpers = {*helpers, *helpers_of(_tritonservers())}
+        folders = [*model_folders(helpers), *self._environments]
         # Triton's own exit timeout does not cover everything that it waits for.
-        killer = threading.Timer(2 * EXIT_TIMEOUT_S, leftovers.kill, args=[_tritonservers()])
+        killer = threading.Timer(2 * EXIT_TIMEOUT_S, kill_processes, args=[_tritonservers()])
         killer.start()
         # PyTriton prints what Triton's processes print, in the end the complaints of their resource trackers.
         quiet = contextlib.nullcontext() if self._verbose else contextlib.redirect_stdout(io.StringIO())
@@ -161,7 +162,7 @@ class Triton:
                 triton.stop()
             finally:
                 killer.cancel()
-                leftovers.remove(os.getpid(), helpers, folders)
+                remove_leftovers(os.getpid(), helpers, folders)
 
 
 def _configure(options: argparse.Namespace) -> TritonConfig:
@@ -194,12 +195,12 @@ def _configure(options: argparse.Namespace) -> TritonConfig:
 
 def _load_internals() -> ModuleType:
     try:
-        from serving import pytriton_internals
+        import serving.pytriton_internals as internals
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"PyTriton {version('nvidia-pytriton')} lacks what this server uses ({error}): install requirements.txt"
         ) from error
-    return pytriton_internals
+    return internals
 
 
 def _secure(options: argparse.Namespace) -> TritonSecurityConfig:
@@ -281,11 +282,11 @@ def _hide_segments(started: threading.Event) -> None:
     done = False
     while not done:
         done = started.wait(0.01)
-        for segment in leftovers.segments(os.getpid()):
+        for segment in segments(os.getpid()):
             with contextlib.suppress(FileNotFoundError):
                 segment.chmod(0o600)
 
 
 def _tritonservers() -> list[psutil.Process]:
     """Return the process that PyTriton started, if it is running."""
-    return [child for child in psutil.Process().children() if leftovers.is_named(child, "tritonserver")]
+    return [child for child in psutil.Process().children() if is_named(child, "tritonserver")]

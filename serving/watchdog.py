@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notices a Triton that hangs: its processes look alive, but nobody gets an answer."""
+"""Notices processes that hang: they look alive, but nobody gets a response."""
 
 import contextlib
 import http.client
@@ -10,30 +10,20 @@ from collections.abc import Callable
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
-# In a row. Each has a connection of its own: one of Triton's threads may be busy with a large request.
+# In a row. After a pause of the whole machine, only the first one fails. For Triton, each has a connection of its own:
+# one of its threads may be busy with a large request.
 CHECKS = 3
 
 
 class Watchdog:
-    """Asks Triton inside a ``with`` block whether the model is ready, and calls a function if it never says so."""
+    """Checks something inside a ``with`` block, and calls a function if the checks keep failing."""
 
-    def __init__(
-        self,
-        protocol: str,
-        address: str,
-        port: int,
-        model_name: str,
-        timeout_s: float,
-        on_silence: Callable[[], None],
-    ):
-        """Ask over ``http`` or ``grpc``, at an IPv4 address where Triton listens.
+    def __init__(self, is_well: Callable[[float], bool], timeout_s: float, on_silence: Callable[[], None]):
+        """``is_well`` gets the number of seconds that a check may take.
 
         Calls ``on_silence`` once, in another thread, if several checks fail in a row and take ``timeout_s`` seconds.
         """
-        self._protocol = protocol
-        self._address = "127.0.0.1" if address == "0.0.0.0" else address
-        self._port = port
-        self._model_name = model_name
+        self._is_well = is_well
         self._period_s = timeout_s / CHECKS
         self._on_silence = on_silence
         self._over = threading.Event()
@@ -49,26 +39,36 @@ class Watchdog:
         failed = 0
         while failed < CHECKS:
             began = time.monotonic()
-            failed = 0 if self._is_ready() else failed + 1
+            failed = 0 if self._is_well(self._period_s) else failed + 1
             if self._over.wait(began + self._period_s - time.monotonic()):
                 return
         self._on_silence()
 
-    def _is_ready(self) -> bool:
+
+class TritonProbe:
+    """Asks Triton whether a model is ready. Does not follow http_proxy in the environment."""
+
+    def __init__(self, protocol: str, address: str, port: int, model_name: str):
+        """Ask over ``http`` or ``grpc``, at an IPv4 address where Triton listens."""
+        self._ask = self._ask_http if protocol == "http" else self._ask_grpc
+        self._address = "127.0.0.1" if address == "0.0.0.0" else address
+        self._port = port
+        self._model_name = model_name
+
+    def is_ready(self, timeout_s: float) -> bool:
+        """Return whether Triton says so within this time."""
         try:
-            return self._ask_http() if self._protocol == "http" else self._ask_grpc()
+            return self._ask(timeout_s)
         except (OSError, http.client.HTTPException, InferenceServerException):
             return False
 
-    # Neither follows http_proxy in the environment.
-
-    def _ask_http(self) -> bool:
-        connection = http.client.HTTPConnection(self._address, self._port, timeout=self._period_s)
+    def _ask_http(self, timeout_s: float) -> bool:
+        connection = http.client.HTTPConnection(self._address, self._port, timeout=timeout_s)
         with contextlib.closing(connection):
             connection.request("GET", f"/v2/models/{self._model_name}/ready")
             return connection.getresponse().status == http.HTTPStatus.OK
 
-    def _ask_grpc(self) -> bool:
+    def _ask_grpc(self, timeout_s: float) -> bool:
         no_proxy = [("grpc.enable_http_proxy", 0)]
         with tritonclient.grpc.InferenceServerClient(f"{self._address}:{self._port}", channel_args=no_proxy) as client:
-            return client.is_model_ready(self._model_name, client_timeout=self._period_s)
+            return client.is_model_ready(self._model_name, client_timeout=timeout_s)

@@ -2,9 +2,10 @@
 """Worker processes: each builds the stages on one device and responds to requests."""
 
 import argparse
+import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from logging.handlers import BufferingHandler
 from multiprocessing.connection import Connection
@@ -32,7 +33,7 @@ class Ready:
     warnings: Sequence[str]
 
 
-def main(
+def run_worker(
     pipe: Connection,
     stages: type[Stages],
     options: argparse.Namespace,
@@ -61,9 +62,8 @@ def main(
         memories = open_memories(channels, stages.limits(options)[1], device)
         count = device_default(options, "executors", device_type)
         executors = [Executor(stages, options, device, memories)]
-        logging.disable(logging.WARNING)  # the others would say the same
-        executors += [Executor(stages, options, device, memories) for _ in range(count - 1)]
-        logging.disable(logging.NOTSET)
+        with _without_warnings():  # the others would say the same
+            executors += [Executor(stages, options, device, memories) for _ in range(count - 1)]
     except ServerError:
         raise
     except (Exception, SystemExit) as error:  # typically torch's and DALI's, about a GPU whose memory is full
@@ -78,3 +78,12 @@ def main(
     pipe.send(Ready(device_type, instances, stages.limits(options)[0], messages))
     printed.redirect()  # from here on, what is printed may come from a client
     batcher.run()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

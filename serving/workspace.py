@@ -18,27 +18,28 @@ SOCKET_PATH_BYTES = 107
 LOGGER = logging.getLogger("server")
 
 
-def find_folder(model_name: str = "model") -> Path:
+def find_folder(model_name: str = "model") -> tuple[Path, str]:
     """Return a folder in which :func:`create_workspace` can create one: one that Triton can run from.
 
-    It is ``PYTRITON_HOME`` if that is set, or else in the user's cache, or else the one for temporary files. Raises
-    UsageError if Triton cannot run there.
+    It is ``PYTRITON_HOME`` if that is set, or else in the user's cache, or else the one for temporary files. With it
+    comes what is wrong with the cache, if anything. Raises UsageError if Triton cannot run in any of them.
     """
     if not os.access("/tmp", os.W_OK | os.X_OK):
         raise UsageError("Triton needs to create files in /tmp: mount a writable folder there")
     home = os.environ.get("PYTRITON_HOME")
     problem = ""
     for folder in [Path(home).resolve()] if home else _default_folders():
-        if problem:
-            LOGGER.info("workspace: in %s, because %s", folder, problem)
+        reason = problem
         if not (problem := _find_problem(folder, model_name)):
-            return folder
+            return folder, reason
     raise UsageError(f"{problem}: set PYTRITON_HOME to another folder, such as /tmp/pytriton")
 
 
 def create_workspace(model_name: str) -> tempfile.TemporaryDirectory:
     """Create a private folder, which is removed at the end of a ``with`` block. Raises UsageError."""
-    folder = find_folder(model_name)
+    folder, reason = find_folder(model_name)
+    if reason:
+        LOGGER.info("workspace: in %s, because %s", folder, reason)
     return tempfile.TemporaryDirectory(prefix="workspace_", dir=folder, ignore_cleanup_errors=True)
 
 

@@ -30,7 +30,7 @@ from conftest import (
 from tritonclient.utils import InferenceServerException
 
 from client import InferenceError
-from serving.watchdog import Watchdog
+from serving.watchdog import TritonProbe, Watchdog
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +117,10 @@ def test_the_watchdog_is_quiet_as_long_as_the_model_is_ready(toy, protocol, monk
     with contextlib.ExitStack() as stack:
         for _ in range(400):  # idle clients
             stack.enter_context(socket.create_connection(("127.0.0.1", port)))
-        with Watchdog(protocol, "127.0.0.1", port, "Another", 1, ended.set):
+        with Watchdog(TritonProbe(protocol, "127.0.0.1", port, "Another").is_ready, 1, ended.set):
             pass
-        stack.enter_context(Watchdog(protocol, "127.0.0.1", port, "Another", 1, unknown.set))
-        stack.enter_context(Watchdog(protocol, "0.0.0.0", port, "Toy", 2, ready.set))
+        stack.enter_context(Watchdog(TritonProbe(protocol, "127.0.0.1", port, "Another").is_ready, 1, unknown.set))
+        stack.enter_context(Watchdog(TritonProbe(protocol, "0.0.0.0", port, "Toy").is_ready, 2, ready.set))
         assert not ready.wait(3)
     assert unknown.is_set()
     assert not ended.is_set()
