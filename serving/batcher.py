@@ -18,7 +18,7 @@ from serving.executor import Executor, Job
 from serving.memory import StoredResponse
 from serving.printed import Printed
 
-LARGE_WEIGHT = 1 / 6  # of the largest possible job; for photos of at most 25 megapixels, this is 4 megapixels
+LARGE_WEIGHT = 1 / 6  # of the largest possible job
 
 LOGGER = logging.getLogger("server")
 
@@ -68,7 +68,7 @@ class Batcher:
         self._pool = ThreadPoolExecutor(os.cpu_count(), "deferred", initializer=os.nice, initargs=(5,))
 
     def run(self) -> None:
-        """Work forever. Raises the first error that is not the fault of one request."""
+        """Work forever. An error that is not the fault of one request ends the process."""
         threading.Thread(target=self._read_requests, daemon=True).start()
         for executor in self._executors[1:]:
             threading.Thread(target=self._compute_batches, args=(executor,), daemon=True).start()

@@ -81,7 +81,7 @@ class Executor:
 
     def explain(self, error: Exception) -> RequestError:
         """Return what the client gets instead of this exception. Ends the process if the GPU is lost."""
-        # After some CUDA errors every later call in this process fails, or worse, a decoder rejects good photos.
+        # After some CUDA errors every later call in this process fails, or worse, valid requests are rejected.
         try:
             check_device(self.device)
         except RuntimeError as lost:

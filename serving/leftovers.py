@@ -11,7 +11,7 @@ import psutil
 
 
 def segments(server: int) -> Iterable[Path]:
-    """Return Triton's segments of shared memory, through which requests and responses pass. ``server`` is the server's process ID."""
+    """Return Triton's segments of shared memory, through which requests pass. ``server`` is the server's process ID."""
     return Path("/dev/shm").glob(f"pytrtion{server}-*")  # PyTriton's spelling
 
 

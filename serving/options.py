@@ -8,10 +8,10 @@ import re
 import socket
 from collections.abc import Callable
 
-# Used unless the user says otherwise, by the type of the device. A GPU computes two batches at the same time: while the
-# photos of one are decoded, the network computes the other. A third of its instances copy requests and responses.
-# On a CPU, there is one instance more than the client keeps requests in flight by default: the batcher reserves it for
-# small ones. The queue holds what is computed within seconds.
+# Used unless the user says otherwise, by the type of the device. A GPU computes two batches at the same time: while one
+# is preprocessed, the network computes the other. A third of its instances copy requests and responses. On a CPU, there
+# is one instance more than the client keeps requests in flight by default: the batcher reserves it for small ones. The
+# queue holds what is computed within seconds.
 DEVICE_DEFAULTS = {
     "cuda": {"instances": 20, "max_batch_size": 7, "executors": 2, "max_queue": 512},
     "cpu": {"instances": 5, "max_batch_size": 4, "executors": 1, "max_queue": 12},
