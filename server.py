@@ -163,7 +163,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="numeric precision; auto: fp16 on a GPU with tensor cores, bf16 on a CPU with AMX, fp32 otherwise",
+        help="numeric precision; auto: fp16 on a GPU with tensor cores, bf16 on a CPU if faster there, fp32 otherwise",
     )
     add(
         "--jpeg-hardware",

@@ -2,11 +2,14 @@
 """Each stage by itself, without Triton, compared with an independent reference."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLES, as_array, as_photo, decode, encode, psnr, sample
+from conftest import ROOT, SAMPLES, as_array, as_photo, decode, encode, psnr, sample
 from gpu import DEVICES, NEEDS_GPU
 from PIL import Image
 from torch.fx.experimental.optimization import fuse
@@ -28,6 +31,8 @@ from pipelines import Postprocess, Preprocess
 from server import NETWORK
 from serving.errors import InvalidRequest, UsageError
 from weights.loading import load_weights
+
+HAS_AMX = torch.cpu.get_capabilities().get("amx_bf16", False)
 
 PRETRAINED = DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1
 PRESET = PRETRAINED.transforms()
@@ -192,10 +197,23 @@ def test_the_class_names_are_those_of_pascal_voc():
     assert names.index("cat") == 8
 
 
-def test_the_automatic_precision_depends_on_the_hardware_alone(monkeypatch):
-    for amx, precision in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx, "avx512_bf16": True})
-        assert pick_precision(torch.device("cpu")) == precision
+@pytest.mark.parametrize(
+    ("instructions", "precision"),
+    [
+        ("AVX2", "fp32"),
+        ("AVX512_CORE", "fp32"),
+        pytest.param("ALL", "bf16", marks=pytest.mark.skipif(not HAS_AMX, reason="needs a CPU with AMX")),
+    ],
+)
+def test_on_a_cpu_the_automatic_precision_is_bf16_if_that_is_faster(instructions, precision):
+    code = "import torch, model_inference; print(model_inference.pick_precision(torch.device('cpu')))"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}  # oneDNN uses no others
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == precision
+
+
+def test_on_a_gpu_the_automatic_precision_depends_on_the_hardware_alone(monkeypatch):
     for capability, precision in (((6, 1), "fp32"), ((7, 0), "fp16"), ((9, 0), "fp16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         assert pick_precision(torch.device("cuda")) == precision
