@@ -58,7 +58,7 @@ TOKEN = re.compile(r"[\w-]{16,}", re.ASCII)
 # usual 8 MB, a few megabytes from a client crash Triton. A thread's stack takes memory only as far as it is used.
 STACK_BYTES = 1 << 30
 
-# Each connection takes one.
+# Each connection takes one, and each instance some.
 LEAST_OPEN_FILES = 1024
 
 LOGGER = logging.getLogger("server")
