@@ -135,11 +135,12 @@ class Triton:
             lines = str(error).split("\nAt:\n")[0].strip().splitlines() or [type(error).__name__]
             raise ServerError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
         finally:
-            started.set()
-            # Triton does not remove them, and needs them only for models with an environment of their own.
-            for folder in set(Path("/tmp").glob("python_env_*")) - environments:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+            with self._lifecycle.signals_deferred():
+                started.set()
+                # Triton does not remove it, and needs it only for models with an environment of their own.
+                for folder in set(Path("/tmp").glob("python_env_*")) - environments:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
 
     def _fail_without_helpers(
         self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process], sockets: Sequence[Path]
