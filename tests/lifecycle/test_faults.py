@@ -4,7 +4,6 @@
 import contextlib
 import hashlib
 import re
-import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -213,8 +212,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
         "killed worker": start_toy(folder / "worker"),
         "exiting worker": start_toy(folder / "exit"),
         "killed helper": start_toy(folder / "helper"),
-        "deleted workspace": start_toy(folder / "workspace"),
-        "deleted socket": start_toy(folder / "socket", "--instances", 4),
+        "deleted socket": start_toy(folder / "socket"),
         "killed store": start_toy(folder / "store"),
         "killed first frontend": start_toy(folder / "first", *FRONTENDS),
         "killed last frontend": start_toy(folder / "last", *FRONTENDS),
@@ -249,7 +247,6 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
         broken["killed helper"].kill("stubs")
         # The process that has the memory through which requests and responses pass.
         broken["killed store"].kill("helpers", -1)
-        shutil.rmtree(next(broken["deleted workspace"].server.home.glob("workspace_*")))
         next(broken["deleted socket"].server.home.glob("workspace_*/triton/*-data.sock")).unlink()
         broken["killed server"].server.process.kill()
         for what in ("killed Triton", "killed Triton, noticed late"):
@@ -288,10 +285,9 @@ def test_a_killed_helper_of_triton_ends_the_server(broken, what):
     broken[what].assert_it_ends("stopping: one of Triton's helper processes exited")
 
 
-@pytest.mark.parametrize("what", ["deleted workspace", "deleted socket"])
-def test_a_deleted_socket_ends_the_server(broken, what):
-    log = broken[what].assert_it_ends(".sock was deleted")
-    assert f"CRITICAL server: stopping: {broken[what].server.home}/workspace_" in log
+def test_a_deleted_socket_ends_the_server(broken):
+    log = broken["deleted socket"].assert_it_ends("Toy-data.sock was deleted")
+    assert f"CRITICAL server: stopping: {broken['deleted socket'].server.home}/workspace_" in log
 
 
 @pytest.mark.parametrize("what", ["killed first frontend", "killed last frontend"])
