@@ -7,6 +7,15 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 BIN := .venv/bin
 
+ifneq ($(origin PYTHON),file)
+ifneq ($(wildcard $(BIN)/python),)
+VERSION := -c 'import sys; print(*sys.version_info[:2], sep=".")'
+ifneq ($(shell $(PYTHON) $(VERSION)),$(shell $(BIN)/python $(VERSION)))
+$(error .venv exists and has Python $(shell $(BIN)/python $(VERSION)): to use $(PYTHON) instead, rm -r .venv)
+endif
+endif
+endif
+
 .PHONY: run serve test test-long test-all docker-test benchmark lint lock
 
 run: .venv/run

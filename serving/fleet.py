@@ -121,7 +121,16 @@ class Fleet:
 
     def _open_channels(self, count: int) -> list[Channel]:
         try:
-            return open_channels(count, *self._stages.limits(self._options))
+            request_bytes, response_bytes = self._stages.limits(self._options)
+        except ServerError:
+            raise
+        except Exception as error:
+            LOGGER.debug("the limits failed", exc_info=error)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            failed = f"the limits of {self._stages.__name__} failed"
+            raise ServerError(f"{failed}: {reason}; --verbose shows where") from error
+        try:
+            return open_channels(count, request_bytes, response_bytes)
         except (OSError, OverflowError) as error:
             number = getattr(error, "errno", None)
             if number == errno.ENOSPC:  # semaphores are there

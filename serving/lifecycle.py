@@ -45,6 +45,7 @@ class Lifecycle:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, FAILURE):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGALRM, self._leave)
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
@@ -67,7 +68,12 @@ class Lifecycle:
         if self._deferred:
             self._pending = True
         else:
-            sys.exit(self._exit_status)
+            self._leave()
+
+    def _leave(self, *_: object) -> None:
+        # In a destructor or a callback, Python ignores SystemExit. Raise it again until the server has begun to end.
+        signal.alarm(1)
+        sys.exit(self._exit_status)
 
     @contextlib.contextmanager
     def signals_deferred(self) -> Iterator[None]:
@@ -78,11 +84,12 @@ class Lifecycle:
         finally:
             self._deferred = False
         if self._pending:
-            sys.exit(self._exit_status)
+            self._leave()
 
     def ignore_signals(self) -> None:
         """Ignore signals and failures from here on: the server is ending anyway."""
         self._stopping = True
+        signal.alarm(0)
 
     def fail(self, reason: str) -> None:
         """Stop the server with status 1, so that a supervisor restarts it. From any thread of any of its processes."""
@@ -94,6 +101,7 @@ class Lifecycle:
 
     def drain(self, traffic: Traffic, abandon: Callable[[], None]) -> None:
         """Return when no request is in flight any more. Calls ``abandon`` if that takes too long."""
+        signal.alarm(0)
         began = time.monotonic()
         deadline = began + self._drain_s
         traffic.close_at(deadline)

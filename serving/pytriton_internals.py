@@ -86,8 +86,8 @@ class FrontendModel(Model):
         self._loaded = True
 
     def is_alive(self) -> bool:
-        """Return whether the model is loaded, and its sockets exist. PyTriton calls this each second."""
-        return self._loaded and self._workspace.exists()
+        """Return whether the model is loaded. PyTriton calls this each second."""
+        return self._loaded
 
     def clean(self) -> None:
         """PyTriton calls this when Triton has stopped. Its own method would stop the handlers."""

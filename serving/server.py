@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
@@ -28,6 +29,7 @@ class Server:
 
     def __init__(self, stages: type[Stages], options: argparse.Namespace):
         """``options`` come from a parser with :func:`~serving.options.add_serving_options`, and reach the stages."""
+        _open_standard_streams()
         configure_logging(options.verbose)
         self._lifecycle = Lifecycle(options.drain_s)
         self._options = options
@@ -81,3 +83,10 @@ class Server:
     def serve(self) -> None:
         """Start Triton and serve until a signal arrives. Leaves through SystemExit or ServerError."""
         self._triton.serve(self._fleet)
+
+
+def _open_standard_streams() -> None:
+    """Open those that are closed. Otherwise, a pipe gets their number, and what a library prints goes into it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)

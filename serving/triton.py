@@ -58,6 +58,9 @@ TOKEN = re.compile(r"[\w-]{16,}", re.ASCII)
 # usual 8 MB, a few megabytes from a client crash Triton. A thread's stack takes memory only as far as it is used.
 STACK_BYTES = 1 << 30
 
+# Each connection takes one, and each instance some.
+LEAST_OPEN_FILES = 1024
+
 LOGGER = logging.getLogger("server")
 
 
@@ -73,7 +76,6 @@ class Triton:
         self._config = _configure(options)
         self._security = _secure(options)
         self._model: dict = {}
-        self._environments: set[Path] = set()
         self._internals = _load_internals()
         _check_ports(self._config)
         find_folder()
@@ -104,7 +106,9 @@ class Triton:
                 raise ServerError("Triton exited unexpectedly; --verbose shows its log")
             fleet.connect(model, tritonservers[0].pid)
             helpers = helpers_of(tritonservers)
-            threading.Thread(target=self._fail_without_helpers, args=(triton, helpers), daemon=True).start()
+            sockets = list((workspace / "triton").glob("*.sock"))
+            watched = triton, helpers, sockets
+            threading.Thread(target=self._fail_without_helpers, args=watched, daemon=True).start()
             if not self._behind_proxy and not all(_is_loopback(address) for _, address, _ in _listening(self._config)):
                 LOGGER.warning("EXPOSED: whoever can reach this server can crash it: see docs/security.md for a proxy")
             LOGGER.info("ready: model %s at %s", self._model["model_name"], _urls(self._config))
@@ -113,8 +117,6 @@ class Triton:
             with Watchdog(probe.is_ready, self._timeout_s, self._fail_without_responses):
                 triton.serve(monitoring_period_s=1)
             self._lifecycle.ignore_signals()
-            if not workspace.exists():
-                raise ServerError(f"stopping: the workspace {workspace} was deleted")
             raise ServerError("Triton exited unexpectedly; --verbose shows its log")
         except SystemExit:
             self._lifecycle.drain(fleet.traffic, fleet.abandon)
@@ -133,13 +135,24 @@ class Triton:
             lines = str(error).split("\nAt:\n")[0].strip().splitlines() or [type(error).__name__]
             raise ServerError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
         finally:
-            started.set()
-            self._environments = set(Path("/tmp").glob("python_env_*")) - environments
+            with self._lifecycle.signals_deferred():
+                started.set()
+                # Triton does not remove it, and needs it only for models with an environment of their own.
+                for folder in set(Path("/tmp").glob("python_env_*")) - environments:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
 
-    def _fail_without_helpers(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process]) -> None:
+    def _fail_without_helpers(
+        self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process], sockets: Sequence[Path]
+    ) -> None:
         # Triton would start another helper, which does not find the memory of the first.
         with contextlib.suppress(ProcessLookupError):  # it has ended already
-            connection.wait([os.pidfd_open(helper.pid) for helper in helpers])
+            ends = [os.pidfd_open(helper.pid) for helper in helpers]
+            while not connection.wait(ends, timeout=1):
+                # Some instances may have connected already, and would go on. The others would fail for ever.
+                if deleted := [path for path in sockets if not path.exists()]:
+                    self._lifecycle.fail(f"stopping: {deleted[0]} was deleted")
+                    return
         if triton.is_alive():  # otherwise, the main thread notices
             self._lifecycle.fail("stopping: one of Triton's helper processes exited")
 
@@ -151,7 +164,7 @@ class Triton:
     def _clean_up(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process]) -> None:
         """Stop Triton, and remove what it leaves behind, also if it was killed or ran out of time."""
         helpers = {*helpers, *helpers_of(_tritonservers())}
-        folders = [*model_folders(helpers), *self._environments]
+        folders = model_folders(helpers)
         # Triton's own exit timeout does not cover everything that it waits for.
         killer = threading.Timer(2 * EXIT_TIMEOUT_S, kill_processes, args=[_tritonservers()])
         killer.start()
@@ -246,6 +259,10 @@ def _urls(config: TritonConfig) -> str:
 
 def prepare_environment() -> None:
     """Set the environment that Triton inherits, and how the threads of this process take turns."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the working directory was deleted: start the server in another one") from None
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     if not get_stub_path(python).exists():
         raise UsageError(f"PyTriton does not support Python {python}; use Python 3.11 or 3.12")
@@ -262,7 +279,7 @@ def prepare_environment() -> None:
                 f"or on Debian and Ubuntu, apt install libpython{python}"
             ) from None
     os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, [*found, os.environ.get("LD_LIBRARY_PATH")]))
-    for name, value in (MALLOC_ENVIRONMENT | INSTANCES_ONE_BY_ONE).items():
+    for name, value in (MALLOC_ENVIRONMENT | INSTANCES_ONE_BY_ONE | {"PATH": os.defpath}).items():
         os.environ.setdefault(name, value)
     # Not without a limit: then glibc gives threads 2 MB.
     _, highest = resource.getrlimit(resource.RLIMIT_STACK)
@@ -270,6 +287,11 @@ def prepare_environment() -> None:
     resource.setrlimit(resource.RLIMIT_STACK, (stack_bytes, highest))
     # Clients with many connections would use them up. Triton would then report each one that it cannot accept.
     _, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if highest < LEAST_OPEN_FILES:
+        raise UsageError(
+            f"the hard limit of open files is {highest}, but at least {LEAST_OPEN_FILES} are needed: raise it with "
+            "LimitNOFILE of systemd, or docker run --ulimit nofile"
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))
     # An instance waits for the GIL several times per request, by default up to 5 ms each time.
     sys.setswitchinterval(0.0005)

@@ -18,38 +18,33 @@ SOCKET_PATH_BYTES = 107
 LOGGER = logging.getLogger("server")
 
 
-def find_folder(model_name: str = "model") -> tuple[Path, str]:
+def find_folder(model_name: str = "model") -> Path:
     """Return a folder in which :func:`create_workspace` can create one: one that Triton can run from.
 
-    It is ``PYTRITON_HOME`` if that is set, or else in the user's cache, or else the one for temporary files. With it
-    comes what is wrong with the cache, if anything. Raises UsageError if Triton cannot run in any of them.
+    It is ``PYTRITON_HOME`` if that is set, or else in the user's cache, or else ``/tmp``. Raises UsageError if Triton
+    cannot run in any of them.
     """
     if not os.access("/tmp", os.W_OK | os.X_OK):
         raise UsageError("Triton needs to create files in /tmp: mount a writable folder there")
     home = os.environ.get("PYTRITON_HOME")
-    problem = ""
     for folder in [Path(home).resolve()] if home else _default_folders():
-        reason = problem
         if not (problem := _find_problem(folder, model_name)):
-            return folder, reason
-    raise UsageError(f"{problem}: set PYTRITON_HOME to another folder, such as /tmp/pytriton")
+            return folder
+        LOGGER.debug(problem)
+    raise UsageError(f"{problem}: set PYTRITON_HOME to another folder{', such as /tmp/pytriton' if home else ''}")
 
 
 def create_workspace(model_name: str) -> tempfile.TemporaryDirectory:
     """Create a private folder, which is removed at the end of a ``with`` block. Raises UsageError."""
-    folder, reason = find_folder(model_name)
-    if reason:
-        LOGGER.info("workspace: in %s, because %s", folder, reason)
-    return tempfile.TemporaryDirectory(prefix="workspace_", dir=folder, ignore_cleanup_errors=True)
+    return tempfile.TemporaryDirectory(prefix="workspace_", dir=find_folder(model_name), ignore_cleanup_errors=True)
 
 
 def _default_folders() -> list[Path]:
-    temporary = Path(tempfile.gettempdir())
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except RuntimeError:  # the user has no home
-        return [temporary]
-    return [cache.resolve() / "pytriton", temporary]
+        return [Path("/tmp")]
+    return [cache.resolve() / "pytriton", Path("/tmp")]
 
 
 def _find_problem(folder: Path, model_name: str) -> str:

@@ -212,6 +212,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
         "killed worker": start_toy(folder / "worker"),
         "exiting worker": start_toy(folder / "exit"),
         "killed helper": start_toy(folder / "helper"),
+        "deleted socket": start_toy(folder / "socket"),
         "killed store": start_toy(folder / "store"),
         "killed first frontend": start_toy(folder / "first", *FRONTENDS),
         "killed last frontend": start_toy(folder / "last", *FRONTENDS),
@@ -246,6 +247,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
         broken["killed helper"].kill("stubs")
         # The process that has the memory through which requests and responses pass.
         broken["killed store"].kill("helpers", -1)
+        next(broken["deleted socket"].server.home.glob("workspace_*/triton/*-data.sock")).unlink()
         broken["killed server"].server.process.kill()
         for what in ("killed Triton", "killed Triton, noticed late"):
             broken[what].kill("tritonserver")
@@ -281,6 +283,11 @@ def test_a_worker_that_exits_in_the_middle_of_a_request_ends_the_server(broken):
 @pytest.mark.parametrize("what", ["killed helper", "killed store"])
 def test_a_killed_helper_of_triton_ends_the_server(broken, what):
     broken[what].assert_it_ends("stopping: one of Triton's helper processes exited")
+
+
+def test_a_deleted_socket_ends_the_server(broken):
+    log = broken["deleted socket"].assert_it_ends("Toy-data.sock was deleted")
+    assert f"CRITICAL server: stopping: {broken['deleted socket'].server.home}/workspace_" in log
 
 
 @pytest.mark.parametrize("what", ["killed first frontend", "killed last frontend"])

@@ -2,6 +2,7 @@
 """How the server starts: what stops it, what it falls back to, and what a signal in between does."""
 
 import argparse
+import contextlib
 import re
 import signal
 import socket
@@ -10,11 +11,13 @@ import tempfile
 from collections import namedtuple
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
 from conftest import (
     PHOTO,
+    ROOT,
     TOY_SERVER,
     Server,
     decode,
@@ -33,9 +36,15 @@ from serving.errors import UsageError
 from serving.lifecycle import Lifecycle
 from serving.options import add_serving_options, make_parser
 from serving.triton import Triton
+from serving.workspace import create_workspace
 from tools.launch import free_ports
 
 TOKEN = "a-token_of-24-characters"
+
+
+def in_shell(script: str) -> list[str]:
+    """Return what to put before a command so that a shell runs a script first."""
+    return ["sh", "-c", f'{script}; exec "$@"', "sh"]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +55,13 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, S
     environment = {"PYTRITON_TRITON_CONFIG_HTTP_PORT": "1", "PYTRITON_TRITON_CONFIG_ALLOW_METRICS": ""}
     environment["TRITON_ACCESS_TOKEN"] = TOKEN
     servers = {
-        "environment": start_toy(folder / "environment", "--verbose", environment=environment),
-        "many instances": start_toy(folder / "instances", "--instances", 8),
+        "environment": start_toy(
+            folder / "environment", "--verbose", environment=environment, prefix=("env", "-u", "PATH", "-u", "HOME")
+        ),
+        # With few open files, and without stdin and stdout.
+        "many instances": start_toy(
+            folder / "instances", "--instances", 8, prefix=in_shell("ulimit -Sn 256; exec <&- >&-")
+        ),
         "two workers": start_toy(folder / "workers", "--device", "cpu,cpu", "--start", "warn"),
     }
     with running_together(servers) as running:
@@ -75,6 +89,14 @@ def test_a_worker_that_does_not_start_ends_the_server_with_one_line(arguments, s
 
 # What a class of somebody's own may get wrong, as code that replaces something in the toy's.
 WRONG_STAGES = {
+    "limits that raise": (
+        "Inversion.limits = classmethod(lambda cls, options: 1 / 0)",
+        "the limits of Inversion failed: division by zero; --verbose shows where",
+    ),
+    "limits that are missing": (
+        "Inversion.limits = classmethod(lambda cls, options: None)",
+        "the limits of Inversion failed: cannot unpack non-iterable NoneType object; --verbose shows where",
+    ),
     "an example that is refused": (
         "Inversion.example = classmethod(lambda cls, options: Request({'image': np.zeros(9, np.uint8)}, {}))",
         "a worker failed to start: the photo ",
@@ -249,12 +271,21 @@ def test_a_wrong_triton_option_in_the_environment_is_one_line(tmp_path):
         assert "Traceback" not in server.log.read_text()
 
 
-@pytest.mark.parametrize("headers", [{}, {"triton-access-token": "another-token"}])
-def test_administrative_endpoints_need_the_access_token(servers, headers):
-    client = servers["environment"].connect("http").client
-    with pytest.raises(InferenceServerException, match="This API is restricted"):
-        client.get_inference_statistics("Toy", headers=headers)
-    assert client.get_inference_statistics("Toy", headers={"triton-access-token": TOKEN})["model_stats"]
+@pytest.mark.parametrize(
+    ("protocol", "header", "said"),
+    [
+        ("http", "triton-access-token", "This API is restricted"),
+        ("grpc", "triton-grpc-protocol-triton-access-token", "This protocol is restricted"),
+    ],
+)
+def test_administrative_endpoints_need_the_access_token_in_the_documented_header(servers, protocol, header, said):
+    assert f"`{header}`" in (ROOT / "docs" / "protocol.md").read_text()
+    client = servers["environment"].connect(protocol).client
+    for headers in ({}, {header: "another-token"}):
+        with pytest.raises(InferenceServerException, match=said) as error:
+            client.get_inference_statistics("Toy", headers=headers)
+        assert error.value.status() in ("403", "StatusCode.UNAVAILABLE")
+    assert client.get_inference_statistics("Toy", headers={header: TOKEN})
 
 
 def test_many_instances_start_at_once(servers):
@@ -297,13 +328,60 @@ def test_each_device_has_a_worker_and_all_of_them_answer(servers):
     [
         ("/proc/nowhere", "PyTriton cannot create its workspace: "),
         (f"/tmp/{'x' * 90}", f"the path of PyTriton's folder, /tmp/{'x' * 90}, is too long for the sockets in it: "),
+        *((f"/tmp/{name}", "has characters that Triton cannot take: ") for name in ("a b", "a&b", "a'b", "jürgen")),
     ],
 )
-def test_a_workspace_that_cannot_be_created_is_one_line(tmp_path, home, expected):
-    with start_toy(tmp_path / "log", environment={"PYTRITON_HOME": home}) as server:
+def test_a_workspace_that_cannot_be_created_is_one_line(home, expected, monkeypatch):
+    monkeypatch.setenv("PYTRITON_HOME", home)
+    with pytest.raises(UsageError) as error:
+        Triton(serving_options(), Lifecycle(2))
+    assert expected in str(error.value)
+    assert str(error.value).endswith(": set PYTRITON_HOME to another folder, such as /tmp/pytriton")
+
+
+def with_mount(what: str) -> list[str]:
+    """Return what to put before a command so that it has a mount of its own."""
+    with_tmpfs("/mnt", "1m")  # skips the test if it cannot mount
+    return ["unshare", "-rm", *in_shell(f"mount -t tmpfs {what}")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "expected"),
+    [
+        (with_mount, "-o noexec tmpfs $PYTRITON_HOME", "is on a file system that is mounted noexec: set PYTRITON_HOME"),
+        (with_mount, "-o ro tmpfs /dev/shm", "/dev/shm must be a writable tmpfs, but: Read-only file system"),
+        (with_mount, "-o ro tmpfs /tmp", "Triton needs to create files in /tmp: mount a writable folder there"),
+        (in_shell, "ulimit -n 256", "the hard limit of open files is 256, but at least 1024 are needed: raise it"),
+        (in_shell, "mkdir gone; cd gone; rmdir ../gone", "the working directory was deleted: start the server in"),
+    ],
+)
+def test_a_machine_that_triton_cannot_use_is_one_line(tmp_path, kind, what, expected):
+    with start_toy(tmp_path / "log", prefix=kind(what)) as server:
         assert server.process.wait(timeout=30) == 2
-        assert f"toy_server.py: {expected}" in server.log.read_text().splitlines()[-1]
-        assert "Traceback" not in server.log.read_text()
+        (line,) = server.log.read_text().splitlines()
+        assert line.startswith("toy_server.py: ")
+        assert expected in line
+
+
+@pytest.mark.parametrize("home", ["", "/proc/nowhere", "/tmp/a b", "/tmp/jürgen", "/tmp/$HOME", f"/tmp/{'x' * 90}"])
+def test_a_home_that_triton_cannot_use_does_not_matter(home, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("PYTRITON_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", home)
+    with create_workspace("model") as workspace:
+        assert Path(workspace).parent in (Path("/tmp"), Path("/.cache/pytriton"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_idle_connections_write_nothing_into_the_log(servers):
+    server = servers["many instances"]  # its limit of open files was 256
+    before = server.log.read_text()
+    with contextlib.ExitStack() as stack:
+        for port in 200 * [server.http_port, server.grpc_port]:
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        assert (server.connect("http").infer(PHOTO)["inverted"][0] == 255 - decode(PHOTO)).all()
+    assert server.log.read_text() == before
 
 
 WAIT_AND_EXIT = "from client import *; Connection(sys.argv[-1], 'Toy').wait_for_model(30); sys.exit(7)"

@@ -4,13 +4,27 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import PHOTO, PROTOCOLS, Server, decode, infer_until_refused, running_together, start_toy, wait_for
+from conftest import (
+    PHOTO,
+    PROTOCOLS,
+    ROOT,
+    TOY_SERVER,
+    Server,
+    decode,
+    infer_until_refused,
+    running_together,
+    start_toy,
+    wait_for,
+    with_tmpfs,
+)
 
 from client import InferenceError
 
@@ -88,7 +102,9 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
             if how == "Ctrl-C in a terminal":  # Triton gets the signal, too
                 os.killpg(server.process.pid, signal.SIGINT)
             else:
-                server.process.send_signal(signal.SIGINT if how == "SIGINT" else signal.SIGTERM)
+                # A terminal that is closed sends SIGHUP.
+                number = {"SIGINT": signal.SIGINT, "frontends": signal.SIGHUP}.get(how, signal.SIGTERM)
+                server.process.send_signal(number)
             stopped[how].seconds = pool.submit(stopped[how].wait)
         for how in ("SIGTERM", "short drain"):  # somebody is impatient
             wait_for(lambda how=how: "stopping: " in servers[how].log.read_text())
@@ -139,3 +155,16 @@ def test_a_request_that_takes_longer_than_the_drain_time_does_not_hold_up_the_ex
 def test_the_end_of_triton_does_not_hold_up_a_server_that_is_stopping(stopped):
     stopped["killed Triton"].assert_it_ended_cleanly(within_s=12)
     assert all(type(client.exception()) is InferenceError for client in stopped["killed Triton"].clients)
+
+
+def test_a_clean_stop_leaves_nothing_in_temporary_folders():
+    with_tmpfs("/mnt", "1m")  # skips the test if it cannot mount
+    wait = "from client import *; Connection(sys.argv[-1], 'Toy').wait_for_model(30)"
+    script = """
+        for folder in /tmp /dev/shm; do mount -t tmpfs tmpfs $folder; done; cd /tmp
+        PYTRITON_HOME= HOME=/proc PYTHONPATH=$0 "$@"
+        echo "status $?"; ls -A /tmp /dev/shm"""
+    launch = [sys.executable, "-m", "tools.launch", TOY_SERVER, "--", "-c", wait]
+    command = ["unshare", "-rm", "sh", "-c", script, ROOT, *launch]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["status", "0", "/dev/shm:", "/tmp:"], done.stderr

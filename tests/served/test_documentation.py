@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples of README and docs do what the text around them says."""
 
+import io
 import json
 import re
 import subprocess
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from conftest import PHOTO, ROOT, Server, decode, psnr
 from PIL import Image
+from tritonclient.grpc.service_pb2 import ModelInferRequest
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 import client
 import server as lesson
@@ -59,6 +63,22 @@ def test_a_curl_command_ends_with_a_transparent_png_on_disk(server, tmp_path):
     picture = Image.open(tmp_path / "cut_out.png")
     assert (picture.format, picture.mode, picture.size) == ("PNG", "RGBA", (512, 512))
     assert 0.3 < (np.asarray(picture)[..., 3] == 255).mean() < 0.6
+
+
+def test_another_grpc_client_needs_the_documented_option_for_large_responses(server):
+    file = io.BytesIO()
+    Image.open(io.BytesIO(PHOTO)).resize((900, 900)).save(file, "JPEG")
+    photo = file.getvalue()
+    request = ModelInferRequest(model_name="ResNet101", raw_input_contents=[photo])
+    request.inputs.add(name="image", datatype="UINT8", shape=[1, len(photo)])
+    option = re.search(r"`options=(\[.*?\])`", (ROOT / "docs" / "protocol.md").read_text())[1]
+    address = f"127.0.0.1:{server.grpc_port}"
+    with grpc.insecure_channel(address) as default, grpc.insecure_channel(address, options=eval(option)) as larger:
+        with pytest.raises(grpc.RpcError) as error:
+            GRPCInferenceServiceStub(default).ModelInfer(request)
+        assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        response = GRPCInferenceServiceStub(larger).ModelInfer(request)
+    assert sum(map(len, response.raw_output_contents)) == 2 * 3 * 900 * 900
 
 
 def test_the_links_of_the_documentation_lead_somewhere():

@@ -461,7 +461,7 @@ def test_requests_that_take_too_long_are_abandoned_and_those_of_a_lost_process_a
 
 @pytest.fixture
 def restore_signals():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, FAILURE)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, FAILURE)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -474,6 +474,23 @@ def test_an_error_of_the_server_is_one_line_and_a_status(error, status, capsys):
         raise error("what is wrong")
     assert end.value.code == status
     assert capsys.readouterr().err.endswith(": what is wrong\n")
+
+
+class Interrupted:
+    """A signal arrives while Python runs its destructor."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("restore_signals")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_in_a_destructor_ends_the_server():
+    with pytest.raises(SystemExit) as end, Lifecycle(1):  # noqa: PT012 - the block is under test
+        Interrupted()
+        time.sleep(10)
+    assert end.value.code == 0
+    assert signal.alarm(0) == 0  # it is not raised again
 
 
 @pytest.mark.usefixtures("restore_signals")
