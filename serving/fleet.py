@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -82,6 +83,9 @@ class Fleet:
 
     def __enter__(self) -> "Fleet":
         """Start the processes and wait until the workers are ready. Raises ServerError."""
+        # Libraries such as DALI remove their temporary files when a process exits, but workers are killed.
+        self._temporary = tempfile.TemporaryDirectory(prefix="workers_", ignore_cleanup_errors=True)
+        tempfile.tempdir = self._temporary.name  # also in the processes that are forked
         try:
             self._fork()
             self._wait_for_workers()
@@ -96,6 +100,8 @@ class Fleet:
         kill_all([child for device in self._devices for child in (*device.frontends, device.worker)])
         if self._watcher:  # which logs what the workers were doing
             self._watcher.join()
+        tempfile.tempdir = None
+        self._temporary.cleanup()
 
     def _fork(self) -> None:
         options = self._options

@@ -4,6 +4,7 @@
 import contextlib
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -66,5 +67,7 @@ def remove_after_server(server: int, triton: int, workspace: Path) -> None:
         tritonservers.append(psutil.Process(triton))
     helpers = helpers_of(tritonservers)
     folders = [workspace, *model_folders(helpers)]
+    if tempfile.tempdir:  # which Fleet has set, for this process as well
+        folders.append(Path(tempfile.tempdir))
     kill_processes(tritonservers)
     remove_leftovers(server, helpers, folders)
