@@ -86,9 +86,10 @@ def assert_both_workers_answer(server: Server) -> None:
 
 @NEEDS_GPU
 def test_each_gpu_has_a_worker(tmp_path):
-    devices = "all" if torch.cuda.device_count() == 2 else "cuda:0,cuda:0"
+    count = torch.cuda.device_count()
+    devices = "all" if count > 1 else "cuda:0,cuda:0"
     with running_server(tmp_path / "log", "--weights", "demo", "--instances", 1, "--device", devices) as server:
-        assert server.log.read_text().count(f"device: {torch.cuda.get_device_name()}") == 2
+        assert server.log.read_text().count(f"device: {torch.cuda.get_device_name()}") == max(2, count)
         assert_both_workers_answer(server)
         assert server.stop() == 0
         assert server.left_behind() == []
