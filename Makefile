@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-# make run: serve, segment the sample photo, print where the pictures are.   make test: run the tests.
+# make run: serve, segment the sample photo, print where the pictures are.   make page: serve a page for browsers.
+# make test: run the tests.
 
 PYTHON ?= python3
 OUTPUT ?= output
+PORT ?= 8080
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 BIN := .venv/bin
 
-.PHONY: run serve test test-long test-all docker-test benchmark lint lock
+.PHONY: run serve page test test-long test-all docker-test benchmark lint lock
 
 run: .venv/run
 	@echo "Starting the server, which takes about 15 seconds. The first start may download 233 MB of weights."
@@ -19,6 +21,10 @@ run: .venv/run
 
 serve: .venv/run
 	$(BIN)/python server.py
+
+# A page to try it in a browser. Needs nginx.
+page: .venv/run
+	@$(BIN)/python -m tools.page --port $(PORT)
 
 test: .venv/dev
 	@echo "Running the tests, which takes about 6 minutes on two cores. make test-long runs the others."

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manifests fit Kubernetes' own schemas, the server and the proxy. Clients reach the proxy only."""
 
+import re
 import shlex
 import shutil
 import signal
@@ -17,6 +18,7 @@ from front_door import KEY, NEEDS_NGINX, NGINX, Proxy, image_files
 
 import server
 from client import Connection, InferenceError
+from photo import max_photo_bytes
 from serving.memory import SHM_BYTES_PER_BYTE, SHM_BYTES_PER_INSTANCE
 from serving.options import MOST_DEFAULT_INSTANCES
 from serving.triton import _configure
@@ -261,6 +263,17 @@ def test_the_proxy_knows_the_contract():
     assert f"OUTPUTS = {[tensor.name for tensor in server.OUTPUTS]}" in code
     (line,) = (line for line in code.splitlines() if line.startswith("const PARAMETERS"))
     assert [word.split(":")[0] for word in line.split("{")[1].split(", ")] == [*server.PARAMETERS, "timeout"]
+
+
+def test_the_page_knows_the_contract():
+    from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights
+
+    code = (DEPLOY / "page" / "app.js").read_text()
+    assert f"MODEL = '{server.MODEL_NAME}'" in code
+    assert f"MAX_PHOTO_BYTES = {max_photo_bytes(MAX_PIXELS):_}" in code
+    (names,) = re.findall(r"CLASSES = \[(.*?)\]", code, re.DOTALL)
+    categories = DeepLabV3_ResNet101_Weights.DEFAULT.meta["categories"]
+    assert re.findall(r"'(\w+)'", names) == [name for name in categories if name != "__background__"]
 
 
 def test_the_memory_of_each_container_is_limited_and_leaves_room_for_shared_memory():
