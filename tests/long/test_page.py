@@ -72,6 +72,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20_000)
+        page.on("filechooser", lambda chooser: None)  # from now on; a click may come before the next listener works
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: complaints.append(said.text) if "Security Policy" in said.text else None)
         page.on("dialog", lambda dialog: complaints.append(dialog.message))
