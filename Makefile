@@ -32,7 +32,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/lifecycle
 
 test-long: .venv/dev
-	@echo "Running the long tests: fuzzing, a soak, memory growth, the proxy, attacks. This takes about 15 minutes on two cores."
+	@echo "Running the long tests: fuzzing, a soak, memory growth, the proxy, attacks, the page. This takes about 15 minutes on two cores."
 	$(BIN)/python -m pytest tests/long
 
 # Everything: what to run on a machine with a GPU.

@@ -72,7 +72,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20_000)
-        page.on("filechooser", lambda chooser: None)  # from now on; a click may come before the next listener works
+        page.on("filechooser", lambda _: None)  # from now on; a click may come before the next listener works
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: complaints.append(said.text) if "Security Policy" in said.text else None)
         page.on("dialog", lambda dialog: complaints.append(dialog.message))
@@ -259,6 +259,23 @@ def test_the_wipe_compares_the_photo_with_the_cut_out(open_page, proxy):
     drag_to(0.02)
     assert min(color(0.1, 0.05)) > 200
     expect(page.locator("#wipe")).to_have_attribute("aria-valuetext", "2% photo")
+
+
+def test_the_client_in_the_documentation_gets_the_mask(open_page, proxy, server):
+    code = (ROOT / "docs" / "protocol.md").read_text().split("## From a browser")[1].split("## ")[0]
+    code = "".join(line for line in code.splitlines(keepends=True) if line.startswith("    "))
+    statement = 'import {infer} from "./triton.js";'
+    assert statement in code
+    page = open_page(proxy)
+    page.evaluate("document.body.prepend(Object.assign(document.createElement('input'), {type: 'file', id: 'other'}))")
+    page.set_input_files("#other", PERSON)
+    code = code.replace(statement, 'const {infer} = await import("/triton.js");')
+    shape, kept = page.evaluate(
+        f"async () => {{ {code}\n return [[height, width], mask.data.filter(p => p).length]; }}"
+    )
+    expected = server.connect("http").infer(PHOTO, ("mask",), {"class_name": "person,dog", "threshold": 0.5})["mask"][0]
+    assert (*shape,) == expected.shape
+    assert kept == pytest.approx((expected > 0).sum(), rel=0.01)
 
 
 def server_says(server: Server, photo: bytes, **parameters: str) -> str:
