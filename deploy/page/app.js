@@ -244,6 +244,8 @@ function drag(event) {
 
 // Photos come from the file picker, by drop, or from the clipboard.
 
+let thumbnails = Promise.resolve();  // one after the other, because a decoded photo is large
+
 function add(files) {
     const added = Array.from(files, file => {
         const photo = {file, url: URL.createObjectURL(file), button: document.createElement('button')};
@@ -251,7 +253,7 @@ function add(files) {
         photo.button.title = file.name;
         photo.button.textContent = file.name;
         photo.button.addEventListener('click', () => show(photo));
-        drawThumbnail(photo);
+        thumbnails = thumbnails.then(() => drawThumbnail(photo));
         const item = document.createElement('li');
         item.append(photo.button);
         $('strip').append(item);
@@ -278,6 +280,7 @@ async function drawThumbnail({file, button}) {
     }
 }
 
+$('more').addEventListener('click', () => $('files').click());
 $('files').addEventListener('change', () => {
     add($('files').files);
     $('files').value = '';  // so that the same file can be chosen again

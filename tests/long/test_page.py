@@ -490,6 +490,12 @@ def test_the_keyboard_is_enough_and_the_focus_is_visible(open_page, proxy):
     page.keyboard.press("ArrowLeft")
     expect(page.locator("#threshold-value")).to_have_text("0.59")
     wait_for_cut_out(page)
+    tab_to("#more")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files(CAT)
+    expect(page.locator("#strip button")).to_have_count(3)
+    wait_for_cut_out(page)
     tab_to("#download")
     with page.expect_download() as waiting:
         page.keyboard.press("Enter")
