@@ -90,6 +90,8 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts with "&"
     try:
         return serve(known.port, options)
+    except (ValueError, TimeoutError) as error:
+        parser.exit(2, f"tools.page: {error}\n")
     except KeyboardInterrupt:
         return 130
 
