@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-# make run: serve, segment the sample photo, print where the pictures are.   make test: run the tests.
+# make run: serve, segment the sample photo, print where the pictures are.   make page: serve a page for browsers.
+# make test: run the tests.
 
 PYTHON ?= python3
 OUTPUT ?= output
+PORT ?= 8080
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 BIN := .venv/bin
@@ -16,7 +18,7 @@ endif
 endif
 endif
 
-.PHONY: run serve test test-long test-all docker-test benchmark lint lock
+.PHONY: run serve page test test-long test-all docker-test benchmark lint lock
 
 run: .venv/run
 	@echo "Starting the server, which takes about 15 seconds. The first start may download 233 MB of weights."
@@ -29,13 +31,17 @@ run: .venv/run
 serve: .venv/run
 	$(BIN)/python server.py
 
+# A page to try it in a browser. Needs nginx.
+page: .venv/run
+	@$(BIN)/python -m tools.page --port $(PORT)
+
 test: .venv/dev
 	@echo "Running the tests, which takes about 6 minutes on two cores. make test-long runs the others."
 	$(BIN)/python -m pytest tests/unit tests/served
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/lifecycle
 
 test-long: .venv/dev
-	@echo "Running the long tests: fuzzing, a soak, memory growth, the proxy, attacks. This takes about 15 minutes on two cores."
+	@echo "Running the long tests: fuzzing, a soak, memory growth, the proxy, attacks, the page. This takes about 15 minutes on two cores."
 	$(BIN)/python -m pytest tests/long
 
 # Everything: what to run on a machine with a GPU.

@@ -326,4 +326,9 @@ function grpc(r) {
     examine(r, check_grpc, '@grpc_servers');
 }
 
-export default {http, grpc, grpc_headers};
+// The folder of nginx.conf, with a slash at the end.
+function folder() {
+    return ngx.conf_prefix;
+}
+
+export default {http, grpc, grpc_headers, folder};

@@ -6,6 +6,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends nginx libnginx-mod-http-js \
     && rm -rf /var/lib/apt/lists/*
 COPY nginx.conf infer.js api_keys.conf servers.conf /etc/proxy/
+COPY page /etc/proxy/page/
 USER www-data
 EXPOSE 8080 8081
 # Finish the requests in flight.

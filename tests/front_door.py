@@ -50,9 +50,13 @@ def adapt(configuration: str, replacements: Mapping[str, str]) -> str:
 
 
 def image_files() -> dict[str, Path]:
-    """Return what proxy.Dockerfile copies to /etc/proxy, by name."""
-    (copied,) = re.findall(r"^COPY (.*) /etc/proxy/$", (ROOT / "deploy/proxy.Dockerfile").read_text(), re.MULTILINE)
-    return {name: ROOT / "deploy" / name for name in copied.split()}
+    """Return what proxy.Dockerfile copies to /etc/proxy, by its path there."""
+    copied = re.findall(r"^COPY (.*) /etc/proxy/(.*)$", (ROOT / "deploy/proxy.Dockerfile").read_text(), re.MULTILINE)
+    files = {}
+    for names, folder in copied:
+        for path in (ROOT / "deploy" / name for name in names.split()):
+            files |= {folder + file.name: file for file in ([path] if path.is_file() else path.iterdir())}
+    return files
 
 
 class Proxy:
@@ -95,6 +99,7 @@ class Proxy:
                 text = adapt(text, TOY)
             if name == "api_keys.conf":
                 text += api_keys
+            (self.folder / name).parent.mkdir(exist_ok=True)
             (self.folder / name).write_text(text)
         self._write_servers(())
         self.log = self.folder / "log"

@@ -17,7 +17,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc
-from conftest import PHOTO, PROTOCOLS, Server, decode, encode, running_together, start_toy, wait_for
+from conftest import PHOTO, PROTOCOLS, ROOT, Server, decode, encode, running_together, start_toy, wait_for
 from front_door import (
     GRPC_HEADERS,
     H2_PREFACE,
@@ -94,6 +94,86 @@ def test_deep_json_and_many_chunks_do_not_end_a_server_without_a_proxy(servers):
     chunks = b"1\r\n[\r\n" * 300_000 + b"0\r\n\r\n"
     assert status(port, "POST", INFER, "Transfer-Encoding: chunked", body=chunks) == 500
     assert (servers["exposed"].connect("http").infer(PHOTO)["inverted"][0] == 255 - decode(PHOTO)).all()
+
+
+PAGE = {
+    "/": "text/html; charset=utf-8",
+    "/index.html": "text/html; charset=utf-8",
+    "/style.css": "text/css; charset=utf-8",
+    "/app.js": "text/javascript; charset=utf-8",
+    "/triton.js": "text/javascript; charset=utf-8",
+    "/icon.svg": "image/svg+xml; charset=utf-8",
+}
+
+
+@NEEDS_NGINX
+def test_browsers_get_the_page_without_a_key_and_may_use_nothing_else(server):
+    with Proxy([server], api_keys="") as proxy:
+        for path, content_type in PAGE.items():
+            for method in ("GET", "HEAD"):
+                connection = http.client.HTTPConnection("127.0.0.1", proxy.http_port)
+                connection.request(method, path, headers={"Range": "bytes=0-1,3-4"})
+                answer = connection.getresponse()
+                body = answer.read()
+                connection.close()
+                assert (answer.status, answer.headers["Content-Type"]) == (200, content_type)
+                file = ROOT / "deploy" / "page" / (path[1:] or "index.html")
+                assert body == (file.read_bytes() if method == "GET" else b"")
+                policy = answer.headers["Content-Security-Policy"]
+                assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; ")
+                assert "unsafe" not in policy
+                assert "frame-ancestors 'none'" in policy
+                assert answer.headers["X-Content-Type-Options"] == "nosniff"
+                assert answer.headers["Referrer-Policy"] == "no-referrer"
+                assert answer.headers["Cache-Control"] == "no-cache"
+                assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+            for method in ("POST", "PUT", "DELETE", "OPTIONS", "PROPFIND"):
+                assert refusal(proxy.http_port, method, path, "Content-Length: 2", body=b"{}") == (404, SENTENCES[404])
+            assert status(proxy.http_port, "GET", path, "Content-Length: 2000", body=bytes(2000)) == 413
+        assert status(proxy.http_port, "POST", INFER, RAW, "Content-Length: 2", body=b"{}") == 403
+
+
+@NEEDS_NGINX
+def test_no_path_leads_out_of_the_page(proxy):
+    names = [path.name for path in proxy.folder.iterdir() if path.is_file()]
+    assert {"nginx.conf", "api_keys.conf", "infer.js"} <= {*names}
+    targets = [*names, *(f"page/{path[1:]}" for path in PAGE), "etc/passwd", "page", ".git/config"]
+    ways = (
+        "",
+        "page/../",
+        "../",
+        "../../../../",
+        "%2e%2e/",
+        "..%2f",
+        "style.css/../",
+        "style.css/",
+        "/",
+        "x/../../",
+        "./%2e./",
+    )
+    for target in targets:
+        for way in ways:
+            path = f"/{way}{target}"
+            assert status(proxy.http_port, "GET", path) in (400, 404), path
+    for path in (
+        "//",
+        "/style.css%00",
+        "/style.css%0a",
+        "/style.css/",
+        "/STYLE.CSS",
+        "/style.css;x",
+        "/%00",
+        "/%2f",
+        "/index.html~",
+    ):
+        assert status(proxy.http_port, "GET", path) in (400, 404), path
+
+
+@NEEDS_NGINX
+def test_a_page_that_nginx_may_not_read_asks_nobody_for_a_key(server):
+    with Proxy([server]) as proxy:
+        (proxy.folder / "page" / "app.js").chmod(0)
+        assert refusal(proxy.http_port, "GET", "/app.js") == (404, SENTENCES[404])
 
 
 @NEEDS_NGINX

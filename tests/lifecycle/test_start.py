@@ -32,6 +32,7 @@ from conftest import (
 )
 from tritonclient.utils import InferenceServerException
 
+import tools.page
 from serving.errors import UsageError
 from serving.lifecycle import Lifecycle
 from serving.options import add_serving_options, make_parser
@@ -407,6 +408,16 @@ def test_the_launcher_says_how_to_use_it():
     assert (done.returncode, done.stderr) == (
         2,
         "usage: python -m tools.launch SERVER.py [OPTION ...] -- CLIENT.py [OPTION ...]\n",
+    )
+
+
+def test_without_nginx_make_page_says_what_to_install(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(tools.page, "MODULE", tmp_path / "missing.so")
+    with pytest.raises(SystemExit) as error:
+        tools.page.main([])
+    assert error.value.code == 2
+    assert capsys.readouterr().err == (
+        "tools.page: nginx or its module is missing: apt install nginx libnginx-mod-http-js\n"
     )
 
 

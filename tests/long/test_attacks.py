@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import grpc
 import psutil
 import pytest
-from conftest import PHOTO, PROTOCOLS, Server, decode, encode, running_toy, wait_for
+from conftest import PHOTO, PROTOCOLS, ROOT, Server, decode, encode, running_toy, wait_for
 from front_door import (
     ATTACKER,
     END_STREAM,
@@ -453,7 +453,6 @@ ADMINISTRATION = [
     ("POST", "/v2/models/Toy/generate"),
     ("GET", "/metrics"),
     ("GET", "/v2"),
-    ("GET", "/"),
 ]
 METHODS = [
     "RepositoryIndex",
@@ -501,6 +500,16 @@ def test_administration_over_http(front_door, with_token):
             for verb in {method, "POST", "GET"}:
                 answer = status(front_door.http_port, verb, spelling, *token, "Content-Length: 2", body=b"{}")
                 assert answer in (400, 404), (verb, spelling)
+
+
+def test_the_root_is_the_page_however_it_is_spelled(front_door):
+    page = (ROOT / "deploy" / "page" / "index.html").read_bytes()
+    for spelling in spellings("/"):
+        assert status(front_door.http_port, "POST", spelling, "Content-Length: 2", body=b"{}") in (400, 404)
+        with connected(front_door.http_port) as connection:
+            send(connection, request_head("GET", spelling))
+            answer = receive(connection)
+        assert answer.split(b" ", 2)[1] in (b"400", b"404") or answer.endswith(b"\r\n\r\n" + page), spelling
 
 
 @pytest.mark.parametrize("with_token", [False, True])

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves the page for browsers on this machine: server.py, and nginx in front of it, both on loopback.
+
+    python -m tools.page [--port PORT] [option of server.py ...]
+
+As nobody else can reach it, it needs no key. Ends with Ctrl-C; then both are stopped.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.launch import LaunchedServer, free_ports
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL_NAME = "ResNet101"
+NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
+
+
+def configure(folder: Path, port: int, server: LaunchedServer) -> Path:
+    """Copy deploy/ into a folder, with the ports that are used here and without keys. Return the path of nginx.conf."""
+    deploy = Path(shutil.copytree(ROOT / "deploy", folder / "deploy"))
+    (grpc_port,) = free_ports(1)
+    for name, replacements in {
+        "nginx.conf": {
+            "listen 8080;": f"listen 127.0.0.1:{port};",
+            "listen 8081 http2;": f"listen 127.0.0.1:{grpc_port} http2;",
+        },
+        "servers.conf": {"127.0.0.1:8000": f"127.0.0.1:{server.http_port}", "127.0.0.1:8001": server.grpc_url[7:]},
+    }.items():
+        text = (deploy / name).read_text()
+        for there, here in replacements.items():
+            if text.count(there) != 1:
+                raise ValueError(f"deploy/{name} does not have {there!r} once; deploy it as docs/security.md says")
+            text = text.replace(there, here)
+        (deploy / name).write_text(text)
+    (deploy / "api_keys.conf").write_text("default anyone;\n")
+    # nginx's processes give up root's rights, and must be able to read the page.
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return deploy / "nginx.conf"
+
+
+def serve(port: int, options: Sequence[str]) -> int:
+    """Run both until one of them ends or a signal arrives. Return the exit status."""
+    with (
+        tempfile.TemporaryDirectory(prefix="page-") as folder,
+        LaunchedServer([ROOT / "server.py", *options]) as server,
+    ):
+        configuration = configure(Path(folder), port, server)
+        try:
+            server.wait_until_ready(MODEL_NAME, timeout_s=600)
+        except RuntimeError:
+            return server.process.returncode  # it has said why
+        nginx = subprocess.Popen([NGINX, "-e", "stderr", "-p", folder, "-c", configuration])
+        try:
+            print(f"\nOpen http://127.0.0.1:{port} in a browser. Press Ctrl-C to stop.\n", flush=True)
+            while nginx.poll() is None:
+                if server.process.poll() is not None:
+                    return server.process.returncode or 1
+                time.sleep(0.1)
+            return nginx.returncode
+        finally:
+            nginx.terminate()
+            nginx.wait()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check what is needed, and serve. Return the exit status; 2 means that something is missing, which is one line."""
+    parser = argparse.ArgumentParser(prog="tools.page", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    parser.add_argument("--port", type=int, default=8080)
+    known, options = parser.parse_known_args(arguments)
+    if not NGINX or not MODULE.exists():
+        parser.exit(2, "tools.page: nginx or its module is missing: apt install nginx libnginx-mod-http-js\n")
+    try:
+        socket.create_server(("127.0.0.1", known.port)).close()
+    except (OSError, OverflowError) as error:
+        parser.exit(2, f"tools.page: cannot listen on port {known.port} ({error}): choose another one with PORT=8090\n")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # leaves through the blocks that stop both
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts with "&"
+    try:
+        return serve(known.port, options)
+    except (ValueError, TimeoutError) as error:
+        parser.exit(2, f"tools.page: {error}\n")
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
