@@ -14,6 +14,7 @@ from torchvision.models import get_model
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights, deeplabv3_resnet101
 from torchvision.transforms import v2
 
+import maps
 from maps import label_map, probability_map, soft_cut_out
 from model_inference import (
     ConvReLU,
@@ -135,12 +136,13 @@ def random_probabilities(seed: int) -> np.ndarray:
     return (exponentials / exponentials.sum(axis=0)).astype(np.float32)
 
 
-MAP_SIZES = [(56, 56), (300, 451), (1, 1), (1, 7), (9, 4), (4000, 1), (3, 150_000), (150_000, 3)]
+MAP_SIZES = [(56, 56), (300, 451), (1, 1), (1, 7), (9, 4), (4000, 1), (3, 5000)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", MAP_SIZES)
-def test_maps_match_numpy(device, size):
+def test_maps_match_numpy(device, size, monkeypatch):
+    monkeypatch.setitem(maps.BAND_PIXELS, device, 4096)  # several bands, and a photo of which a row is too long for one
     probabilities = random_probabilities(seed=1)
     exact = np.array([interpolate(values, size) for values in probabilities.astype(np.float64)])
     on_device = torch.from_numpy(probabilities).to(device)
@@ -183,9 +185,9 @@ def test_the_narrowest_edge_is_a_hard_one(device):
 LARGE_MAPS = """
 import resource, torch
 from maps import label_map, probability_map
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 small = torch.rand(21, 32, 32).softmax(dim=0)
-sizes = [(5000, 5000), (1, 4_000_000), (4_000_000, 1)]
+sizes = [(2000, 2000), (1, 4_000_000), (4_000_000, 1)]
 label_map(small, (100, 100))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for size in sizes:
@@ -197,7 +199,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_maps_of_large_and_long_photos_need_little_memory():
     done = run_python("-c", LARGE_MAPS)
     assert done.returncode == 0, done.stderr
-    # In KB. All probabilities of the smallest of them together would need 336 MB, and of the largest 2.1 GB.
+    # In KB. All probabilities of a photo together would be 336 MB.
     assert int(done.stdout) < 300_000
 
 
