@@ -1,84 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encodes cut-outs as image files: JPEG on the device and PNG on the CPU with nvImageCodec, WebP with Pillow."""
+"""Encodes image files: JPEG on the device and PNG on the CPU with nvImageCodec, WebP and palette PNG with Pillow."""
 
 import functools
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from reprlib import repr as shorten
 
 import numpy as np
 import torch
 from nvidia import nvimgcodec
 from PIL import Image
 
+from jobs import ImageEncoding
 from serving import Deferred, InferenceFailed, InvalidRequest
-
-DEFAULT_QUALITY = {"jpeg": 95, "png": 100, "webp": 80}  # PNG is lossless at any quality
-MAX_SIDE = {"jpeg": 65_500, "png": 1_000_000, "webp": 16_383}  # in pixels; limits of the libraries or the formats
 
 # What Pillow raises if a photo has too much detail: WebP limits the size of one part of a file to 512 KB, and of the
 # others to 16 MB. The numbers are libwebp's.
 WEBP_LIMITS = ("encoding error 6", "encoding error 7")
 
-
-@dataclass(frozen=True)
-class ImageEncoding:
-    """How to encode an image file."""
-
-    format: str  # a key of DEFAULT_QUALITY
-    quality: int  # 1 to 100
-
-    def check_size(self, width: int, height: int) -> None:
-        """Raise InvalidRequest if the photo is too large for the format."""
-        if max(width, height) > MAX_SIDE[self.format]:
-            advice = "set format to png, or " * (max(width, height) <= MAX_SIDE["png"]) + "scale the photo down"
-            raise InvalidRequest(
-                f"a {self.format} file can be at most {MAX_SIDE[self.format]} pixels wide and high, but the photo is "
-                f"{width} x {height}: {advice}"
-            )
+# Pascal VOC's: in the index of a class, each third bit belongs to one of red, green and blue. The lowest bits of the
+# index become the highest ones of the color, so that classes with similar indices differ.
+PALETTE = bytes(
+    sum((index >> (3 * place + channel) & 1) << (7 - place) for place in range(3))
+    for index in range(256)
+    for channel in range(3)
+)
 
 
 class Encode:
-    """Encode cut-outs as image files. Not thread-safe."""
+    """Encode cut-outs and labels as image files. Not thread-safe."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._encoder = _open_encoder(device)
 
-    @staticmethod
-    def read_parameters(parameters: Mapping[str, object]) -> ImageEncoding:
-        """Return the encoding that the parameters of a request set, JPEG by default. Raises InvalidRequest."""
-        name = parameters.get("format", "jpeg")
-        if name not in DEFAULT_QUALITY:
-            raise InvalidRequest(f"format must be one of {', '.join(DEFAULT_QUALITY)}, not {shorten(name)}")
-        quality = parameters.get("quality", DEFAULT_QUALITY[name])
-        if type(quality) not in (int, float) or not 1 <= quality <= 100 or quality != int(quality):
-            raise InvalidRequest(f"quality must be a whole number between 1 and 100, not {shorten(quality)}")
-        return ImageEncoding(name, int(quality))
-
     def __call__(
-        self, cut_outs: Sequence, masks: Sequence, encodings: Sequence[ImageEncoding | None]
+        self, sources: Sequence[Mapping[str, object]], encodings: Sequence[ImageEncoding | None]
     ) -> list[np.ndarray | Deferred | None]:
         """Return a file for each encoding, uint8 ``[N]``: JPEGs are encoded now, the others deferred.
 
-        ``cut_outs`` are uint8 ``[H, W, 3]`` and ``masks`` uint8 ``[H, W]``, on the device. JPEGs have the black
-        background of the cut-out. In the other formats, the mask becomes the alpha channel. Raises InferenceFailed.
+        A mapping has on the device what its encoding names as the source: ``segmented``, uint8 ``[H, W, 3]``, with its
+        ``mask``, uint8 ``[H, W]``; ``soft_cut_out``, uint8 ``[H, W, 4]``; or ``labels``, uint8 ``[H, W]``. A JPEG has
+        the black background of ``segmented``. In the other formats, the mask becomes the alpha channel. Raises
+        InferenceFailed.
         """
         encoded: list[np.ndarray | Deferred | None] = [None] * len(encodings)
         jpegs: dict[int, list[int]] = {}  # their places in the batch, by quality
         for index, encoding in enumerate(encodings):
             if encoding is None:
                 continue
+            source = sources[index]
             if encoding.format == "jpeg":
                 jpegs.setdefault(encoding.quality, []).append(index)
+            elif encoding.source == "labels":
+                encoded[index] = Deferred(_encode_labels, source["labels"])
             else:
-                cut_out, mask = torch.from_dlpack(cut_outs[index]), torch.from_dlpack(masks[index])
-                pixels = torch.cat([cut_out, mask[..., None]], dim=2)
                 encode = _encode_png if encoding.format == "png" else functools.partial(_encode_webp, encoding.quality)
+                pixels = source["soft_cut_out"] if encoding.source == "soft_cut_out" else _add_alpha(source)
                 encoded[index] = Deferred(encode, pixels)
         for quality, indices in jpegs.items():
-            data = self._encode_jpegs([cut_outs[index] for index in indices], quality)
+            data = self._encode_jpegs([sources[index]["segmented"] for index in indices], quality)
             for index, jpeg in zip(indices, data, strict=True):
                 encoded[index] = jpeg
         return encoded
@@ -105,6 +85,11 @@ def _open_encoder(device: torch.device) -> nvimgcodec.Encoder:
         # One backend, because a fallback to the other would go unnoticed. nvJPEG counts as hybrid.
         backends=[nvimgcodec.Backend(nvimgcodec.HYBRID_CPU_GPU if on_gpu else nvimgcodec.CPU_ONLY)],
     )
+
+
+def _add_alpha(source: Mapping[str, object]) -> torch.Tensor:
+    cut_out, mask = (torch.from_dlpack(source[name]) for name in ("segmented", "mask"))
+    return torch.cat([cut_out, mask[..., None]], dim=2)
 
 
 def _encode(
@@ -140,4 +125,12 @@ def _encode_webp(quality: int, pixels: np.ndarray) -> np.ndarray:
         if str(error) not in WEBP_LIMITS:
             raise
         raise InvalidRequest("webp cannot hold so much detail: lower the quality, or set format to png") from None
+    return np.frombuffer(stream.getvalue(), np.uint8)
+
+
+def _encode_labels(labels: np.ndarray) -> np.ndarray:
+    """Return indices of classes, uint8 ``[H, W]``, as a palette PNG with the same values, uint8 ``[N]``."""
+    image, stream = Image.fromarray(labels), io.BytesIO()
+    image.putpalette(PALETTE)
+    image.save(stream, "png", compress_level=1)
     return np.frombuffer(stream.getvalue(), np.uint8)

@@ -9,26 +9,21 @@ What any server needs in production, such as processes, batching, shared memory 
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
-from reprlib import repr as shorten
-from typing import TYPE_CHECKING
 
 import numpy as np
 from pytriton.model_config import ModelConfig, Tensor
 from pytriton.proxy.types import Request
 
-from photo import InvalidPhoto, Photo, blank_photo, max_photo_bytes, read_photo
-from serving import Checked, InferenceFailed, InvalidRequest, Server, Stages, UsageError
+from jobs import FILE_PARAMETERS, Job, read_job
+from photo import blank_photo, max_photo_bytes
+from serving import Checked, InferenceFailed, Server, Stages, UsageError
 from serving.options import add_serving_options, make_parser, number
-
-if TYPE_CHECKING:
-    from encoders import ImageEncoding
 
 # torch, torchvision and DALI take seconds to import. They are imported where they are used, in the worker process, so
 # that a mistake on the command line is answered at once.
 
-# The contract: what clients send and get, and with which network. Change this and the class below to serve another
-# network; see docs/your-own-network.md.
+# The contract: what clients send and get, and with which network. jobs.py has the parameters. Change this and the class
+# below to serve another network; see docs/your-own-network.md.
 MODEL_NAME = "ResNet101"
 NETWORK = "deeplabv3_resnet101"  # torchvision's name; its pretrained weights come with the names of the classes
 INPUTS = [
@@ -38,21 +33,11 @@ OUTPUTS = [
     Tensor(name="original", dtype=np.uint8, shape=(-1, -1, 3)),  # the decoded photo, RGB, upright
     Tensor(name="segmented", dtype=np.uint8, shape=(-1, -1, 3)),  # the photo where the class is, 0 elsewhere
     Tensor(name="mask", dtype=np.uint8, shape=(-1, -1)),  # 255 where the class is, 0 elsewhere
-    Tensor(name="encoded", dtype=np.uint8, shape=(-1,)),  # segmented as an image file
+    Tensor(name="probability", dtype=np.uint8, shape=(-1, -1)),  # of the class, 255 for 1
+    Tensor(name="labels", dtype=np.uint8, shape=(-1, -1)),  # the index of the most probable class
+    Tensor(name="encoded", dtype=np.uint8, shape=(-1,)),  # segmented or labels as an image file
 ]
 DEFAULT_OUTPUTS = ("original", "segmented")
-PARAMETERS = ("class_name", "threshold", "format", "quality")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a request asks for."""
-
-    photo: Photo
-    classes: Sequence[int]
-    threshold: float
-    outputs: Sequence[str]
-    encoding: "ImageEncoding"  # of the output "encoded"
 
 
 class Segmentation(Stages):
@@ -93,27 +78,11 @@ class Segmentation(Stages):
 
     def read(self, request: Request) -> Job:
         """Check a request before it joins a batch. Raises InvalidRequest, whose message goes to the client."""
-        parameters, outputs = request.parameters, request.requested_output_names
-        try:
-            photo = read_photo(request["image"], self.options.max_pixels)
-        except InvalidPhoto as error:
-            raise InvalidRequest(str(error)) from None
-        if unknown := parameters.keys() - PARAMETERS:
-            raise InvalidRequest(f"unknown parameter {shorten(min(unknown))}, not one of {', '.join(PARAMETERS)}")
-        try:
-            classes = self.network.class_indices(parameters.get("class_name", self.options.class_name))
-        except ValueError as error:
-            raise InvalidRequest(f"class_name {error}") from None
-        threshold = parameters.get("threshold", self.options.threshold)
-        if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
-            raise InvalidRequest(f"threshold must be a number between 0 and 1, not {shorten(threshold)}")
-        encoding = self.encode.read_parameters(parameters)
+        outputs = request.requested_output_names
         # To the server, a request that names no outputs looks like one that names them all.
-        if len(outputs) == len(OUTPUTS) and not parameters.keys() & {"format", "quality"}:
+        if len(outputs) == len(OUTPUTS) and not request.parameters.keys() & FILE_PARAMETERS:
             outputs = DEFAULT_OUTPUTS
-        if "encoded" in outputs:
-            encoding.check_size(photo.width, photo.height)
-        return Job(photo, classes, threshold, outputs, encoding)
+        return read_job(request, outputs, self.network.class_indices, self.options)
 
     def weigh(self, job: Job) -> float:
         """Return the share of the pixels that a photo can have."""
@@ -123,25 +92,39 @@ class Segmentation(Stages):
         """Return the outputs of each job, on the device, without a batch dimension. Raises InvalidRequest."""
         from torch.cuda import nvtx
 
+        from maps import label_map, probability_map, soft_cut_out
         from model_inference import add_classes
 
         with nvtx.range("preprocess"):
             photos, images = self.preprocess([job.photo for job in jobs])
+            outputs = [{"original": photo} for photo in photos]
         if all(set(job.outputs) == {"original"} for job in jobs):
-            return [{"original": photo} for photo in photos]
+            return outputs
         with nvtx.range("network"):
-            probability = add_classes(self.network(images), [job.classes for job in jobs])
+            probabilities = self.network(images)
+            probability = add_classes(probabilities, [job.classes for job in jobs])
             finite = probability.isfinite().flatten(1).all(1).to("cpu", non_blocking=True)
         with nvtx.range("postprocess"):
-            cut_outs, masks = self.postprocess(photos, probability, [job.threshold for job in jobs])
+            if any(job.needs("segmented", "mask") for job in jobs):
+                cut_outs, masks = self.postprocess(photos, probability, [job.threshold for job in jobs])
+                for output, cut_out, mask in zip(outputs, cut_outs, masks, strict=True):
+                    output |= {"segmented": cut_out, "mask": mask}
+            for index, (job, output, photo) in enumerate(zip(jobs, outputs, photos, strict=True)):
+                size = photo.shape()[:2]
+                if job.needs("probability"):
+                    output["probability"] = probability_map(probability[index], size)
+                if job.needs("labels"):
+                    output["labels"] = label_map(probabilities[index], size)
+                if job.needs("soft_cut_out"):
+                    edge = job.encoding.edge
+                    output["soft_cut_out"] = soft_cut_out(photo, probability[index], job.threshold, edge)
         with nvtx.range("encode"):
-            encodings = [job.encoding if "encoded" in job.outputs else None for job in jobs]
-            encoded = self.encode(cut_outs, masks, encodings)
-        outputs = {"original": photos, "segmented": cut_outs, "mask": masks, "encoded": encoded}
+            for output, file in zip(outputs, self.encode(outputs, [job.encoding for job in jobs]), strict=True):
+                output["encoded"] = file
         error = InferenceFailed("the network's result is not finite: start the server with --precision fp32")
         return [
-            Checked({name: outputs[name][index] for name in job.outputs}, finite[index], error)
-            for index, job in enumerate(jobs)
+            Checked({name: output[name] for name in job.outputs}, valid, error)
+            for job, output, valid in zip(jobs, outputs, finite, strict=True)
         ]
 
 

@@ -26,6 +26,8 @@ CASES = (
     Case("server/http", "server", "http"),
     Case("server/segmented", "server", outputs=("segmented",)),
     Case("server/mask", "server", outputs=("mask",)),
+    Case("server/probability", "server", outputs=("probability",)),
+    Case("server/labels", "server", outputs=("labels",)),
     Case("server/jpeg", "server", outputs=("encoded",), parameters=JPEG),
     Case("server/jpeg/http", "server", "http", outputs=("encoded",), parameters=JPEG),
     Case("server/png", "server", outputs=("encoded",), parameters=PNG),

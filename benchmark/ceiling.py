@@ -22,7 +22,7 @@ def ready_made(size: tuple[int, int]) -> dict[str, np.ndarray]:
     return {
         "original": np.asarray(original),
         "segmented": np.asarray(segmented),
-        "mask": np.asarray(segmented.convert("L")),
+        **dict.fromkeys(("mask", "probability", "labels"), np.asarray(segmented.convert("L"))),
         "encoded": np.frombuffer(encode(segmented, quality=95, subsampling=0), np.uint8),
     }
 
@@ -33,7 +33,7 @@ class Nothing(Stages):
     @classmethod
     def limits(cls, _options):
         """Return the maximum size of a request and of a response, in bytes."""
-        return 1_000_000, 8 * max(width * height for width, height in SIZES)
+        return 1_000_000, 10 * max(width * height for width, height in SIZES)
 
     @classmethod
     def example(cls, _options):

@@ -4,11 +4,14 @@
 // Only what stands in front of the photo is read.
 import fs from 'fs';
 
-// The contract, as in server.py. Parameters are text or numbers; the microseconds are Triton's own.
+// The contract, as in server.py and jobs.py. Parameters are text or numbers; the microseconds are Triton's own.
 const MODEL = 'ResNet101';
 const INPUT = 'image';
-const OUTPUTS = ['original', 'segmented', 'mask', 'encoded'];
-const PARAMETERS = {class_name: 'text', threshold: 'number', format: 'text', quality: 'number', timeout: 'microseconds'};
+const OUTPUTS = ['original', 'segmented', 'mask', 'probability', 'labels', 'encoded'];
+const PARAMETERS = {
+    class_name: 'text', threshold: 'number', format: 'text', quality: 'number', content: 'text', edge: 'number',
+    timeout: 'microseconds',
+};
 
 const LONGEST_HEAD = 16384;  // bytes in front of a photo
 const LONGEST_TIMEOUT = 86400e6;

@@ -36,8 +36,10 @@ OPEN = "default anyone;\n"  # in api_keys.conf
 # The toy's contract in infer.js.
 TOY = {
     "'ResNet101'": "'Toy'",
-    "['original', 'segmented', 'mask', 'encoded']": "['inverted', 'mean']",
-    "class_name: 'text', threshold: 'number', format: 'text', quality:": "hold: 'text', sleep_s: 'number', add:",
+    "['original', 'segmented', 'mask', 'probability', 'labels', 'encoded']": "['inverted', 'mean']",
+    "class_name: 'text', threshold: 'number', format: 'text', quality: 'number', content: 'text', edge:": (
+        "hold: 'text', sleep_s: 'number', add:"
+    ),
 }
 
 

@@ -152,15 +152,30 @@ def test_a_bad_threshold_is_answered_with_the_valid_range(connection, threshold)
         ({"format": "gif"}, "format must be one of jpeg, png, webp, not 'gif'"),
         ({"quality": 0}, "quality must be a whole number between 1 and 100, not 0"),
         ({"quality": 50.5}, "quality must be a whole number between 1 and 100, not 50.5"),
+        ({"content": "mask"}, "content must be one of segmented, labels, not 'mask'"),
+        ({"edge": 1.5}, "edge must be a number between 0 and 1, not 1.5"),
+        ({"edge": 0.5}, "a jpeg file cannot have a soft edge: set format to png or webp, or omit edge"),
+        (
+            {"content": "labels", "format": "webp"},
+            "a webp file cannot contain labels: set format to png, or omit format",
+        ),
     ],
 )
-def test_a_bad_format_or_quality_is_answered_with_what_is_valid(connection, parameters, expected):
+def test_a_bad_parameter_of_the_file_is_answered_with_what_is_valid(connection, parameters, expected):
     assert refusal(connection, PHOTO, **parameters) == expected
     assert_it_serves(connection)
 
 
+def test_a_parameter_of_the_file_without_the_file_is_refused(connection):
+    with pytest.raises(
+        InferenceError, match=r"^format is for the output encoded: request that output, or omit format$"
+    ):
+        connection.infer(PHOTO, ("mask",), {"format": "png"})
+    assert_it_serves(connection)
+
+
 def test_an_unknown_parameter_is_answered_with_the_names_of_all(connection):
-    expected = "unknown parameter 'treshold', not one of class_name, threshold, format, quality"
+    expected = "unknown parameter 'treshold', not one of class_name, threshold, format, quality, content, edge"
     assert refusal(connection, PHOTO, treshold=0.9, threshold=0.5) == expected
     assert_it_serves(connection)
 

@@ -3,12 +3,13 @@
 
 import functools
 import io
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL_NAME, SAMPLES, decode, encode, iou, psnr, running_server, sample
+from conftest import MODEL_NAME, ROOT, SAMPLES, decode, encode, iou, psnr, running_server, sample
 from gpu import NEEDS_GPU
 from PIL import Image, ImageOps
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights, deeplabv3_resnet101
@@ -49,15 +50,18 @@ def plain_network() -> torch.nn.Module:
 
 
 @functools.cache
-def plain_pipeline(encoded: bytes, class_name: str) -> np.ndarray:
-    """Return the mask that Pillow and torchvision alone give, in fp32."""
+def plain_probabilities(encoded: bytes) -> torch.Tensor:
+    """Return the probabilities that Pillow and torchvision alone give, in fp32, at the photo's size, ``[21, H, W]``."""
     photo = Image.fromarray(decode(encoded))
     small = v2.functional.pil_to_tensor(photo.resize((224, 224), Image.Resampling.BILINEAR)) / 255
     with torch.inference_mode():
         logits = plain_network()(v2.functional.normalize(small, PRESET.mean, PRESET.std)[None])["out"]
-        probability = logits.softmax(dim=1)[:, [CLASS_NAMES.index(class_name)]]
-    size = photo.size[::-1]
-    return (torch.nn.functional.interpolate(probability, size=size, mode="bilinear")[0, 0] > THRESHOLD).numpy()
+    return torch.nn.functional.interpolate(logits.softmax(dim=1), size=photo.size[::-1], mode="bilinear")[0]
+
+
+def plain_pipeline(encoded: bytes, class_name: str) -> np.ndarray:
+    """Return the mask that Pillow and torchvision alone give."""
+    return (plain_probabilities(encoded)[CLASS_NAMES.index(class_name)] > THRESHOLD).numpy()
 
 
 def test_the_metadata_states_the_contract(connection):
@@ -72,6 +76,8 @@ def test_the_metadata_states_the_contract(connection):
         "original": ("UINT8", [-1, -1, -1, 3]),
         "segmented": ("UINT8", [-1, -1, -1, 3]),
         "mask": ("UINT8", [-1, -1, -1]),
+        "probability": ("UINT8", [-1, -1, -1]),
+        "labels": ("UINT8", [-1, -1, -1]),
         "encoded": ("UINT8", [-1, -1]),
     }
 
@@ -128,7 +134,7 @@ def test_a_higher_threshold_keeps_less(http_connection):
     assert shares[-1] == 0
 
 
-@pytest.mark.parametrize("outputs", [("original",), ("segmented",), ("mask", "encoded"), ()])
+@pytest.mark.parametrize("outputs", [("original",), ("segmented",), ("mask", "encoded"), ("labels", "probability"), ()])
 def test_a_request_gets_the_outputs_that_it_names(connection, outputs):
     answer = connection.infer(SAMPLES["cat"][0].read_bytes(), outputs)
     assert set(answer) == set(outputs or ("original", "segmented"))
@@ -150,6 +156,48 @@ def test_the_mask_and_the_image_file_agree_with_the_raw_pixels(connection, kind)
     np.testing.assert_array_equal(pixels[..., 3], mask)
     original, found = answer["original"][0][mask > 0], pixels[mask > 0][:, :3]
     assert psnr(found, original) > (30 if kind == "webp" else 1000)  # a PNG loses nothing
+
+
+def test_the_probability_and_the_labels_agree_with_torchvision(connection):
+    encoded = SAMPLES["cat"][0].read_bytes()
+    expected = plain_probabilities(encoded)
+    answer = connection.infer(encoded, ("probability", "labels"), {"class_name": "cat,dog"})
+    probability, labels = answer["probability"][0], answer["labels"][0]
+    assert probability.dtype == labels.dtype == np.uint8
+    assert probability.shape == labels.shape == (300, 451)
+    error = np.abs(probability - 255 * expected[[8, 12]].sum(dim=0).numpy())
+    # Pillow and DALI scale photos down a little differently, which moves the edge of the cat by a part of a pixel.
+    assert error.mean() < 1
+    assert np.percentile(error, 99) < 25
+    assert (labels == expected.argmax(dim=0).numpy()).mean() > 0.995
+    assert {0, 8} <= set(np.unique(labels))
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_a_soft_edge_is_alpha_by_the_documented_formula(http_connection, kind):
+    outputs, parameters = ("original", "mask", "probability", "encoded"), {"class_name": "cat", "format": kind}
+    answer = http_connection.infer(
+        SAMPLES["cat"][0].read_bytes(), outputs, parameters | {"threshold": 0.5, "edge": 0.8}
+    )
+    answer = {name: array[0] for name, array in answer.items()}
+    pixels = np.asarray(Image.open(io.BytesIO(answer["encoded"].tobytes())))
+    alpha = pixels[..., 3]
+    expected = 255 * ((answer["probability"] / 255 - 0.1) / 0.8).clip(0, 1)
+    assert np.abs(alpha - expected).max() < 1.5  # probability and alpha are both rounded
+    assert ((alpha > 0) & (alpha < 255)).mean() > 0.01
+    assert (answer["mask"] == 255 * (alpha > 127)).mean() > 0.999  # the other outputs keep their hard edge
+    seen = alpha > 0
+    assert psnr(pixels[seen][:, :3], answer["original"][seen]) > (30 if kind == "webp" else 1000)
+    assert kind == "webp" or not pixels[~seen].any()
+
+
+def test_a_palette_png_has_the_labels_and_the_indices_are_documented(http_connection):
+    answer = http_connection.infer(SAMPLES["person"][0].read_bytes(), ("labels", "encoded"), {"content": "labels"})
+    image = Image.open(io.BytesIO(answer["encoded"][0].tobytes()))
+    assert (image.format, image.mode) == ("PNG", "P")
+    np.testing.assert_array_equal(np.asarray(image), answer["labels"][0])
+    documented = re.findall(r"(\d+) `(\w+)`", (ROOT / "docs" / "protocol.md").read_text())
+    assert {int(index): name for index, name in documented} == dict(enumerate(CLASS_NAMES))
 
 
 def test_the_probabilities_of_several_classes_add_up(http_connection):

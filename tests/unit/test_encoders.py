@@ -10,7 +10,8 @@ from conftest import psnr, run_python, sample
 from gpu import DEVICES
 from PIL import Image
 
-from encoders import DEFAULT_QUALITY, MAX_SIDE, Encode, ImageEncoding
+from encoders import Encode
+from jobs import DEFAULT_QUALITY, MAX_SIDE, ImageEncoding, read_encoding
 from serving.errors import InvalidRequest
 from serving.stages import Deferred
 
@@ -24,12 +25,13 @@ def device(request) -> torch.device:
 
 
 def encode(
-    device: torch.device, *encodings: ImageEncoding | None, cut_out=CUT_OUT, mask=MASK
+    device: torch.device, *encodings: ImageEncoding | None, cut_out=CUT_OUT, mask=MASK, **others: np.ndarray
 ) -> list[np.ndarray | None]:
-    cut_outs, masks = ([torch.from_numpy(array).to(device)] * len(encodings) for array in (cut_out, mask))
+    arrays = {"segmented": cut_out, "mask": mask, **others}
+    sources = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     return [
         output.compute(output.source.cpu().numpy()) if isinstance(output, Deferred) else output
-        for output in Encode(device)(cut_outs, masks, encodings)
+        for output in Encode(device)([sources] * len(encodings), encodings)
     ]
 
 
@@ -50,6 +52,31 @@ def test_a_batch_may_mix_formats_and_qualities_and_photos_that_need_no_file(devi
     assert psnr(pixels(webp)[MASK > 0][:, :3], CUT_OUT[MASK > 0]) > 30
 
 
+def test_a_soft_edge_is_the_alpha_of_png_and_webp(device):
+    alpha = np.broadcast_to(np.linspace(0, 255, 120).astype(np.uint8), (80, 120))
+    soft = np.dstack([CUT_OUT, alpha])
+    png, webp = encode(
+        device, *(ImageEncoding(name, 90, edge=0.5) for name in ("png", "webp")), soft_cut_out=soft, mask=MASK
+    )
+    np.testing.assert_array_equal(pixels(png), soft)
+    np.testing.assert_array_equal(pixels(webp)[..., 3], alpha)
+    assert psnr(pixels(webp)[alpha > 0][:, :3], CUT_OUT[alpha > 0]) > 30
+
+
+def test_labels_are_a_palette_png_with_the_colors_of_pascal_voc(device):
+    labels = np.arange(256, dtype=np.uint8).repeat(3).reshape(32, 24)
+    [encoded] = encode(device, ImageEncoding("png", 100, "labels"), labels=labels)
+    image = Image.open(io.BytesIO(encoded.tobytes()))
+    assert (image.format, image.mode) == ("PNG", "P")
+    np.testing.assert_array_equal(np.asarray(image), labels)
+    # As the devkit of the challenge shows them: background, aeroplane, bicycle, bird, cat, person and tvmonitor.
+    colors = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 8: (64, 0, 0), 15: (192, 128, 128)}
+    colors |= {20: (0, 64, 128), 255: (224, 224, 192)}
+    shown = np.asarray(image.convert("RGB"))
+    for index, color in colors.items():
+        assert (shown[labels == index] == color).all(), index
+
+
 def test_the_colors_of_a_jpeg_keep_their_resolution(device):
     [encoded] = encode(device, ImageEncoding("jpeg", 95))
     assert [component[1:3] for component in Image.open(io.BytesIO(encoded.tobytes())).layer] == [(1, 1)] * 3
@@ -63,10 +90,15 @@ def test_the_colors_of_a_jpeg_keep_their_resolution(device):
         ({"format": "png", "quality": 1}, ImageEncoding("png", 1)),
         ({"quality": 100}, ImageEncoding("jpeg", 100)),
         ({"quality": 90.0}, ImageEncoding("jpeg", 90)),  # JSON and gRPC clients may send any number as a double
+        ({"content": "segmented", "edge": 0}, ImageEncoding("jpeg", 95)),
+        ({"content": "labels"}, ImageEncoding("png", 100, "labels")),
+        ({"content": "labels", "format": "png", "edge": 0.0}, ImageEncoding("png", 100, "labels")),
+        ({"format": "webp", "edge": 0.25}, ImageEncoding("webp", 80, edge=0.25)),
+        ({"format": "png", "edge": 1}, ImageEncoding("png", 100, edge=1)),
     ],
 )
 def test_the_format_and_the_quality_have_defaults(parameters, expected):
-    assert Encode.read_parameters(parameters) == expected
+    assert read_encoding(parameters) == expected
 
 
 @pytest.mark.parametrize(
@@ -81,11 +113,28 @@ def test_the_format_and_the_quality_have_defaults(parameters, expected):
         ({"quality": float("inf")}, "quality must be a whole number between 1 and 100, not inf"),
         ({"quality": True}, "quality must be a whole number between 1 and 100, not True"),
         ({"quality": "high"}, "quality must be a whole number between 1 and 100, not 'high'"),
+        ({"content": "mask"}, "content must be one of segmented, labels, not 'mask'"),
+        ({"content": 1}, "content must be one of segmented, labels, not 1"),
+        ({"edge": -0.1}, "edge must be a number between 0 and 1, not -0.1"),
+        ({"edge": 2}, "edge must be a number between 0 and 1, not 2"),
+        ({"edge": float("nan")}, "edge must be a number between 0 and 1, not nan"),
+        ({"edge": "soft"}, "edge must be a number between 0 and 1, not 'soft'"),
+        ({"edge": True}, "edge must be a number between 0 and 1, not True"),
+        ({"edge": 0.2}, "a jpeg file cannot have a soft edge: set format to png or webp, or omit edge"),
+        ({"content": "labels", "edge": 0.2}, "labels have no edge: omit edge, or set content to segmented"),
+        (
+            {"content": "labels", "format": "jpeg"},
+            "a jpeg file cannot contain labels: set format to png, or omit format",
+        ),
+        (
+            {"content": "labels", "format": "webp"},
+            "a webp file cannot contain labels: set format to png, or omit format",
+        ),
     ],
 )
 def test_a_bad_parameter_is_refused_with_the_valid_range(parameters, expected):
     with pytest.raises(InvalidRequest) as error:
-        Encode.read_parameters(parameters)
+        read_encoding(parameters)
     assert str(error.value) == expected
 
 

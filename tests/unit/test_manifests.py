@@ -18,6 +18,7 @@ from front_door import KEY, NEEDS_NGINX, NGINX, Proxy, image_files
 
 import server
 from client import Connection, InferenceError
+from jobs import PARAMETERS
 from photo import max_photo_bytes
 from serving.memory import SHM_BYTES_PER_BYTE, SHM_BYTES_PER_INSTANCE
 from serving.options import MOST_DEFAULT_INSTANCES
@@ -261,8 +262,8 @@ def test_the_proxy_knows_the_contract():
     code = (DEPLOY / "infer.js").read_text()
     assert f"MODEL = '{server.MODEL_NAME}'" in code
     assert f"OUTPUTS = {[tensor.name for tensor in server.OUTPUTS]}" in code
-    (line,) = (line for line in code.splitlines() if line.startswith("const PARAMETERS"))
-    assert [word.split(":")[0] for word in line.split("{")[1].split(", ")] == [*server.PARAMETERS, "timeout"]
+    (parameters,) = re.findall(r"^const PARAMETERS = \{(.*?)\};", code, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"(\w+):", parameters) == [*PARAMETERS, "timeout"]
 
 
 def test_the_page_knows_the_contract():

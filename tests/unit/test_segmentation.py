@@ -2,6 +2,7 @@
 """The three stages together, as a worker runs them, without Triton."""
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from PIL import Image
 from pytriton.proxy.types import Request
 
 import server
-from encoders import ImageEncoding
-from server import Job, Segmentation
+from jobs import ImageEncoding, Job
+from server import Segmentation
 from serving.errors import InferenceFailed, InvalidRequest
 from serving.executor import Job as QueuedJob
 from serving.options import DEVICE_DEFAULTS
@@ -35,11 +36,17 @@ def running(request) -> RunningStages:
     return RunningStages(Segmentation, options_for(request.param), request.param)
 
 
-def job(running: RunningStages, class_name: str, size: tuple[int, int] | None = None, outputs=BOTH) -> QueuedJob:
+def job(
+    running: RunningStages,
+    class_name: str,
+    size: tuple[int, int] | None = None,
+    outputs: Sequence[str] = BOTH,
+    encoding: ImageEncoding | None = None,
+) -> QueuedJob:
     """Return a job for a sample photo, with memory for its response."""
     photo = as_photo(encode(sample(class_name, size), "JPEG", quality=90))
     classes = running.stages.network.class_indices(class_name)
-    return running.job(Job(photo, classes, 0.6, outputs, ImageEncoding("jpeg", 95)))
+    return running.job(Job(photo, classes, 0.6, outputs, encoding))
 
 
 def mask(answer: dict) -> np.ndarray:
@@ -68,10 +75,34 @@ def test_answers_outlive_the_next_batches(running):
 
 
 def test_only_what_a_job_asks_for_is_computed(running, monkeypatch):
-    wanted = job(running, "cat", outputs=("original",))
-    monkeypatch.setattr(running.stages, "network", None)  # calling it would fail
-    (answer,) = running([wanted])
-    assert set(answer) == {"original"}
+    nothing = job(running, "cat", outputs=("original",))
+    cut_out = job(running, "cat", outputs=("mask", "encoded"), encoding=ImageEncoding("png", 100))
+    maps = job(running, "cat", outputs=("probability", "labels"))
+    # Calling None would fail.
+    with monkeypatch.context() as without:
+        without.setattr(running.stages, "network", None)
+        assert set(running([nothing])[0]) == {"original"}
+    with monkeypatch.context() as without:
+        for name in ("probability_map", "label_map", "soft_cut_out"):
+            without.setattr(f"maps.{name}", None)
+        assert set(running([cut_out])[0]) == {"mask", "encoded"}
+    with monkeypatch.context() as without:
+        without.setattr(running.stages, "postprocess", None)
+        assert set(running([maps])[0]) == {"probability", "labels"}
+
+
+def test_jobs_with_different_outputs_share_a_batch(running):
+    wanted = [
+        job(running, "cat", (91, 60), ("labels",)),
+        job(running, "person", (60, 91), ("mask", "probability", "encoded"), ImageEncoding("png", 100, edge=0.5)),
+    ]
+    alone = [{name: array.copy() for name, array in running([job])[0].items()} for job in wanted]
+    assert (alone[0]["labels"].shape, alone[1]["probability"].shape) == ((60, 91), (91, 60))
+    for one, together in zip(alone, running(wanted), strict=True):
+        assert set(one) == set(together)
+        for name in set(one) - {"encoded"}:
+            # A network computes a batch in another order.
+            assert (np.abs(one[name].astype(int) - together[name]) <= 3).mean() > 0.995, name
 
 
 def test_a_result_that_is_not_finite_is_an_error(running, monkeypatch):
@@ -99,22 +130,42 @@ def test_the_warm_up_does_not_depend_on_the_sample_photo_or_its_size(running):
     assert RunningStages(Segmentation, options, running.device).stages
 
 
-def read(running: RunningStages, parameters: dict | None = None) -> Job:
-    photo = as_array(SAMPLES["cat"][0].read_bytes())
-    return running.stages.read(Request(data={"image": photo}, parameters=parameters or {}, requested_output_names=BOTH))
+ALL = tuple(tensor.name for tensor in server.OUTPUTS)
+
+
+def read(running: RunningStages, parameters: dict | None = None, outputs: Sequence[str] = BOTH) -> Job:
+    data = {"image": as_array(SAMPLES["cat"][0].read_bytes())}
+    return running.stages.read(Request(data, parameters=parameters or {}, requested_output_names=outputs))
 
 
 def test_a_request_becomes_a_job_with_defaults(running):
     assert (read(running).classes, read(running).threshold, read(running).outputs) == ([15], 0.6, BOTH)
-    wanted = read(running, {"class_name": "cat, dog,cat", "threshold": 1, "format": "webp", "quality": 50})
+    assert (read(running).encoding, read(running, {}, ("encoded",)).encoding) == (None, ImageEncoding("jpeg", 95))
+    parameters = {"class_name": "cat, dog,cat", "threshold": 1, "format": "webp", "quality": 50}
+    wanted = read(running, parameters, ("mask", "encoded"))
     assert (wanted.classes, wanted.threshold, wanted.encoding) == ([8, 12], 1, ImageEncoding("webp", 50))
+
+
+def test_a_request_that_names_all_outputs_gets_them_if_it_has_a_parameter_of_the_file(running):
+    # Triton lists all outputs for a request that names none.
+    assert read(running, {"threshold": 0.5}, ALL).outputs == BOTH
+    for parameters in ({"format": "jpeg"}, {"quality": 90}, {"content": "labels"}, {"edge": 0}):
+        assert read(running, parameters, ALL).outputs == ALL
+
+
+@pytest.mark.parametrize("parameters", [{"format": "png"}, {"quality": 90}, {"content": "labels"}, {"edge": 0}])
+def test_a_parameter_of_the_file_without_the_file_is_refused(running, parameters):
+    (name,) = parameters
+    expected = f"^{name} is for the output encoded: request that output, or omit {name}$"
+    with pytest.raises(InvalidRequest, match=expected):
+        read(running, parameters, ("segmented", "mask"))
 
 
 def test_a_photo_too_large_for_the_file_is_refused_if_the_file_is_wanted(running):
     data = {"image": as_array(encode(Image.new("RGB", (16_384, 1)), "PNG"))}
     with pytest.raises(InvalidRequest, match="a webp file can be at most 16383 pixels wide and high"):
         running.stages.read(Request(data, parameters={"format": "webp"}, requested_output_names=("encoded",)))
-    running.stages.read(Request(data, parameters={"format": "webp"}, requested_output_names=("mask",)))
+    running.stages.read(Request(data, requested_output_names=("mask",), parameters={}))
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, 2, "high", True, "", float("nan"), None])

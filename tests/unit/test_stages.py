@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SAMPLES, as_array, as_photo, decode, encode, psnr, sample
+from conftest import ROOT, SAMPLES, as_array, as_photo, decode, encode, psnr, run_python, sample
 from gpu import DEVICES, NEEDS_GPU
 from PIL import Image
 from torch.fx.experimental.optimization import fuse
@@ -17,6 +17,8 @@ from torchvision.models import get_model
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights, deeplabv3_resnet101
 from torchvision.transforms import v2
 
+import maps
+from maps import label_map, probability_map, soft_cut_out
 from model_inference import (
     ConvReLU,
     SegmentationNetwork,
@@ -130,6 +132,80 @@ def test_postprocessing_matches_numpy(device, sizes):
         np.testing.assert_array_equal(masks[index], 255 * segmented[index].all(axis=2))  # no pixel of a photo is 0
         # Exactly, except where the threshold is closer than float32 can tell.
         assert np.abs(exact - thresholds[index])[differs].max(initial=0) < 1e-5
+
+
+def random_probabilities(seed: int) -> np.ndarray:
+    """Return probabilities of 21 classes that add up to 1, with regions of some size, float32 ``[21, 56, 56]``."""
+    logits = np.random.default_rng(seed).normal(0, 4, (21, 9, 9))
+    exponentials = np.exp([interpolate(values, (56, 56)) for values in logits])
+    return (exponentials / exponentials.sum(axis=0)).astype(np.float32)
+
+
+MAP_SIZES = [(56, 56), (300, 451), (1, 1), (1, 7), (9, 4), (4000, 1), (3, 5000)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", MAP_SIZES)
+def test_maps_match_numpy(device, size, monkeypatch):
+    monkeypatch.setitem(maps.BAND_PIXELS, device, 4096)  # several bands, and a photo of which a row is too long for one
+    probabilities = random_probabilities(seed=1)
+    exact = np.array([interpolate(values, size) for values in probabilities.astype(np.float64)])
+    on_device = torch.from_numpy(probabilities).to(device)
+    soft, labels = (call.cpu().numpy() for call in (probability_map(on_device[3], size), label_map(on_device, size)))
+    assert (soft.dtype, soft.shape, labels.dtype, labels.shape) == (np.uint8, size, np.uint8, size)
+    assert np.abs(soft - 255 * exact[3]).max() < 0.5 + 1e-2  # of which 1e-2 is for float32
+    # Exactly, except where two classes are closer than float32 can tell.
+    chosen = np.take_along_axis(exact, labels[None].astype(int), axis=0)[0]
+    assert (exact.max(axis=0) - chosen).max() < 1e-5
+    assert len(np.unique(labels)) > 5 or min(size) < 9
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("threshold", "edge"), [(0.6, 0.4), (0.5, 1), (0.1, 0.6), (0.9, 0.6), (0, 0.1), (1, 0.1)])
+def test_a_soft_edge_matches_numpy(device, threshold, edge):
+    size, random = (301, 203), np.random.default_rng(2)
+    photo = random.integers(1, 256, (*size, 3), dtype=np.uint8)
+    probability = random.random((56, 56), dtype=np.float32)
+    probability[:8], probability[8:16] = 0, 1
+    exact = interpolate(probability.astype(np.float64), size)
+    result = soft_cut_out(torch.from_numpy(photo).to(device), torch.from_numpy(probability).to(device), threshold, edge)
+    result = result.cpu().numpy()
+    low, high = max(0, threshold - edge / 2), min(1, threshold + edge / 2)
+    assert np.abs(result[..., 3] - np.interp(exact, [low, high], [0, 255])).max() < 0.5 + 1e-2
+    np.testing.assert_array_equal(result[..., :3], photo * (result[..., 3:] > 0))
+    assert {0, 255} < set(np.unique(result[..., 3]))  # what is impossible, what is certain, and something in between
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_narrowest_edge_is_a_hard_one(device):
+    photo, size = torch.full((90, 90, 3), 7, dtype=torch.uint8, device=device), (90, 90)
+    probability = torch.from_numpy(random_probabilities(seed=3)[0]).to(device)
+    expected = interpolate(probability.cpu().numpy().astype(np.float64), size)
+    for edge in (1e-6, 1e-300):
+        alpha = soft_cut_out(photo, probability, 0.5, edge)[..., 3].cpu().numpy()
+        clear = np.abs(expected - 0.5) > 1e-5
+        np.testing.assert_array_equal(alpha[clear], 255 * (expected > 0.5)[clear])
+
+
+LARGE_MAPS = """
+import resource, torch
+from maps import label_map, probability_map
+torch.set_num_threads(1)
+small = torch.rand(21, 32, 32).softmax(dim=0)
+sizes = [(2000, 2000), (1, 4_000_000), (4_000_000, 1)]
+label_map(small, (100, 100))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for size in sizes:
+    assert label_map(small, size).shape == probability_map(small[0], size).shape == size
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_maps_of_large_and_long_photos_need_little_memory():
+    done = run_python("-c", LARGE_MAPS)
+    assert done.returncode == 0, done.stderr
+    # In KB. All probabilities of a photo together would be 336 MB.
+    assert int(done.stdout) < 300_000
 
 
 @pytest.mark.parametrize("device", DEVICES)
