@@ -109,7 +109,8 @@ class Connection:
             except Exception as error:  # refused, unknown host, not HTTP: each library has its own exceptions
                 state = f"cannot reach the server ({explain(error)}{self._proxy_hint()})"
             waited = time.monotonic() - began
-            if not tls_checked and waited > min(timeout_s, TLS_CHECK_AFTER_S):
+            # A server that is starting need not be asked for TLS if nobody said that it has it.
+            if not tls_checked and (self._tls or waited > min(timeout_s, TLS_CHECK_AFTER_S)):
                 tls_checked = self._check_tls()
             if waited > timeout_s:
                 raise ClientError(
