@@ -31,6 +31,8 @@ TLS_CHECK_AFTER_S = 1.0
 ANNOUNCE_S = 60.0  # how often a user hears that requests are sent again
 
 BUSY = {"429", "502", "503", "StatusCode.UNAVAILABLE"}
+# The server and its proxy say "again later" where that helps. Triton listens before it has the model, and after it.
+TRANSIENT = ("again later", "timeout expired", "Request for unknown model")
 DENIED = {"401", "403", "StatusCode.UNAUTHENTICATED", "StatusCode.PERMISSION_DENIED"}
 
 LOGGER = logging.getLogger("client")
@@ -234,8 +236,7 @@ class Connection:
             denied = error.status() in DENIED
             if denied:
                 sentence = f"{sentence}. Set --api-key, or API_KEY in the environment"
-            # The server and its proxy say "again later" where that helps.
-            transient = error.status() in BUSY or "again later" in sentence or "timeout expired" in sentence
+            transient = error.status() in BUSY or any(words in sentence for words in TRANSIENT)
             return InferenceError(sentence + self._proxy_hint(error), transient, denied)
         if isinstance(error, TimeoutError):
             return InferenceError(f"no answer within {REQUEST_TIMEOUT_S:g} s")
