@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,15 +198,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments, defaults)
     if options.concurrency < 1:
         parser.error(f"argument --concurrency: must be at least 1, not {options.concurrency}")
-    for name in ("init_timeout_s", "retry_s"):
-        seconds = getattr(options, name)
+    for name, seconds in (("--init-timeout-s", options.init_timeout_s), ("--retry-s", options.retry_s)):
         if not 0 <= seconds < math.inf:
-            parser.error(f"argument --{name.replace('_', '-')}: must be a number of at least 0, not {seconds}")
-    for name in ("skip_existing", "keep_names"):
-        if getattr(options, name) and not wanted_files(options):
-            parser.error(
-                f"argument --{name.replace('_', '-')}: needs --dump-images, --mask or a --format other than raw"
-            )
+            parser.error(f"argument {name}: must be a number of at least 0, not {seconds}")
+    for name, is_set in (("--skip-existing", options.skip_existing), ("--keep-names", options.keep_names)):
+        if is_set and not wanted_files(options):
+            parser.error(f"argument {name}: needs --dump-images, --mask or a --format other than raw")
     options.keep_names |= options.skip_existing
     options.parameters = {
         name: getattr(options, name) for name in ("class_name", "threshold") if hasattr(options, name)
@@ -227,8 +224,10 @@ def plan_jobs(
     """Return what to do. Raises ClientError if it would write over a file that is not the client's."""
     jobs: dict[object, Job] = {}
     for index, photo in enumerate(photos):
-        name = output.named(photo.path, endings) if options.keep_names else output.numbered(index, endings)
-        jobs[photo.path if options.keep_names else index] = Job(photo, name)
+        if options.keep_names:
+            jobs[photo.path] = Job(photo, output.named(photo.path, endings))
+        else:
+            jobs[index] = Job(photo, output.numbered(index, endings))
     todo = [
         job
         for job in jobs.values()
@@ -236,8 +235,8 @@ def plan_jobs(
     ]
     if options.skip_existing:
         say(f"skipping {len(jobs) - len(todo)} of {len(jobs)} photos: their output files exist")
-    obstacles = [obstacle for job in todo for target in job.targets.values() if (obstacle := output.obstacle(target))]
-    if obstacles:
+    targets = [target for job in todo if not job.photo.problem for target in job.targets.values()]
+    if obstacles := [obstacle for target in targets if (obstacle := output.obstacle(target))]:
         others = f" (and {len(obstacles) - 1} others)" if obstacles[1:] else ""
         cure = "set another --output-dir, or --keep-names" + ", or --overwrite" * ("exists" in obstacles[0])
         raise ClientError(f"{obstacles[0]}{others}: {cure}")
@@ -248,72 +247,73 @@ def send_all(options: argparse.Namespace) -> int:
     """Send all photos, and return the exit status. Raises ClientError."""
     endings = wanted_files(options)
     photos = find_photos(options.image_paths, options.output_dir if endings else None)
-    paths = [photo.path for photo in photos]
-    output = OutputFolder(options.output_dir, paths, options.overwrite)
+    if not photos:
+        raise ClientError("--image-paths: this client wrote all of these files: set another --output-dir")
+    problems = [photo for photo in photos if photo.problem]
+    if len(problems) == len(photos):
+        for photo in problems[:-1]:
+            say(f"client.py: --image-paths: {photo.path} {photo.problem}")
+        raise ClientError(f"--image-paths: {problems[-1].path} {problems[-1].problem}")
+    output = OutputFolder(options.output_dir, [photo.path for photo in photos], options.overwrite)
     jobs = plan_jobs(photos, output, endings, options)
-    problems = [job for job in jobs if job.photo.problem]
-    if len(problems) == len(jobs) > 0 or not photos:
-        for job in problems[:-1]:
-            say(f"client.py: --image-paths: {job.photo.problem}")
-        raise ClientError(
-            f"--image-paths: {problems[-1].photo.problem if problems else 'this client wrote all of these files'}"
-        )
     if not jobs:
         return 0
     if endings:
-        try:
-            options.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ClientError(f"--output-dir: cannot create {options.output_dir} ({error.strerror})") from error
+        output.create()
     report = Report(options.report, output.obstacle(options.report) if options.report else "")
     connection = Connection(options.url, api_key=options.api_key, ca_file=options.ca_file, retry_s=options.retry_s)
     connection.wait_for_model(options.init_timeout_s)
-
-    began = time.monotonic()
-    answered, failed = 0, len(problems)
-    for job in problems:
-        report.add(Result(str(job.photo.path), error=job.photo.problem))
-
-    def summary() -> str:
-        seconds = time.monotonic() - began
-        sent = f"{answered + failed} of {len(jobs)} photos, {failed} failed"
-        return f"client.py: {sent}, {seconds:.1f} s, {answered / seconds:.1f} photos/s"
-
     with ThreadPoolExecutor(options.concurrency) as pool, logging_redirect_tqdm():
-        try:
-            futures = {
-                pool.submit(segment_file, connection, job.photo.path, job.targets, output, options): job
-                for job in jobs
-                if not job.photo.problem
-            }
-            # Without a terminal (None), and for a single photo, there is no progress bar.
-            progress = tqdm(
-                as_completed(futures),
-                total=len(futures),
-                unit=" photos",
-                bar_format=PROGRESS,
-                disable=True if len(futures) < 2 else None,
-            )
-            for future in progress:
-                try:
-                    result = future.result()
-                    answered += 1
-                except Exception as error:  # Pillow raises whatever the damage makes it stumble over
-                    if getattr(error, "denied", False) and not answered:
-                        pool.shutdown(wait=False, cancel_futures=True)  # the others would be denied as well
-                        raise ClientError(f"{connection.url}: {error}") from error
-                    reason = getattr(error, "strerror", None) or str(error)
-                    result = Result(str(futures[future].photo.path), error=reason)
-                    failed += 1
-                report.add(result)
-                if not report.is_read and not endings:
-                    os._exit(1 if report.incomplete else 128 + signal.SIGPIPE)
-        except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            output.stop()
-            say(f"{summary()}\nclient.py: interrupted")
-            os._exit(130)  # Python's own exit would wait for the requests in flight
-    say(summary())
+        return send_jobs(jobs, pool, connection, output, report, options)
+
+
+def send_jobs(
+    jobs: Sequence[Job],
+    pool: ThreadPoolExecutor,
+    connection: Connection,
+    output: OutputFolder,
+    report: Report,
+    options: argparse.Namespace,
+) -> int:
+    """Send photos, report on each as soon as it is done, and return the exit status. Raises ClientError."""
+    began = time.monotonic()
+    answered = failed = 0
+
+    def say_summary() -> None:
+        seconds = time.monotonic() - began
+        photos = f"{answered + failed} of {len(jobs)} photos, {failed} failed"
+        say(f"client.py: {photos}, {seconds:.1f} s, {answered / seconds:.1f} photos/s")
+
+    futures: dict[Future, Path] = {}
+    for job in jobs:
+        if job.photo.problem:
+            report.add(Result(str(job.photo.path), error=job.photo.problem))
+            failed += 1
+        else:
+            future = pool.submit(segment_file, connection, job.photo.path, job.targets, output, options)
+            futures[future] = job.photo.path
+    hide = True if len(futures) < 2 else None  # None: unless stderr is a terminal
+    try:
+        for future in tqdm(as_completed(futures), total=len(futures), bar_format=PROGRESS, disable=hide):
+            try:
+                result = future.result()
+                answered += 1
+            except Exception as error:  # Pillow raises whatever the damage makes it stumble over
+                if getattr(error, "denied", False) and not answered:
+                    pool.shutdown(wait=False, cancel_futures=True)  # the others would be denied as well
+                    raise ClientError(f"{connection.url}: {error}") from error
+                result = Result(str(futures[future]), error=getattr(error, "strerror", None) or str(error))
+                failed += 1
+            report.add(result)
+            if not report.is_read and not wanted_files(options):
+                os._exit(1 if report.incomplete else 128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        output.stop()
+        say_summary()
+        say("client.py: interrupted")
+        os._exit(130)  # Python's own exit would wait for the requests in flight
+    say_summary()
     return 1 if failed or report.incomplete else 0
 
 

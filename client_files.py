@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from client_report import printable, say
+from connection import ClientError
 
 PHOTO_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
 RECORD = ".segmentation.jsonl"
@@ -55,11 +56,11 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
             try:
                 files = sorted(path.iterdir())
             except OSError as error:
-                photos.append(Photo(path, f"cannot read {path} ({error.strerror})"))
+                photos.append(Photo(path, f"cannot be read ({error.strerror})"))
                 continue
             skipped.update(filter(None, map(reason_to_skip, files)))
             found = [file for file in files if is_photo(file)]
-            nothing = f"{path} contains no photos ({', '.join(sorted(PHOTO_ENDINGS))})"
+            nothing = f"contains no photos ({', '.join(sorted(PHOTO_ENDINGS))})"
         elif os.path.lexists(path) or not glob.has_magic(pattern):
             if not (output_dir and path.parent.resolve() == output_dir.resolve() and is_own(path)):
                 photos.append(Photo(path, problem_of(path)))
@@ -67,7 +68,7 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
         else:
             files = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute pattern
             found = [file for file in files if is_photo(file) or not file.is_dir()]
-            nothing = f"{pattern} matches no file"
+            nothing = "matches no file"
         if not found:
             photos.append(Photo(path, nothing))
         photos += [Photo(file, problem_of(file)) for file in found if not is_own(file)]
@@ -97,18 +98,11 @@ def problem_of(file: Path) -> str:
     try:
         mode = file.stat().st_mode
         if not stat.S_ISREG(mode):  # opening a pipe might wait forever
-            return f"{file} is a folder" if stat.S_ISDIR(mode) else f"{file} is not a file"
+            return "is a folder" if stat.S_ISDIR(mode) else "is not a file"
         file.open("rb").close()
     except OSError as error:
-        return f"cannot read {file} ({error.strerror})"
+        return f"cannot be read ({error.strerror})"
     return ""
-
-
-class Entry(NamedTuple):
-    """A line of the record."""
-
-    photo: str  # its path, relative to the folder
-    sha256: str
 
 
 class OutputFolder:
@@ -120,23 +114,31 @@ class OutputFolder:
         self._overwrite = overwrite
         self._photos = {identity for photo in photos if (identity := _identity(photo))}
         self._lock = threading.Lock()
-        self._entries: dict[str, Entry] = {}
+        self._written: set[tuple[str, str]] = set()  # names of files and their SHA-256
+        self._owners: dict[str, str] = {}  # the photo to which a name belongs; some file systems ignore case
         with contextlib.suppress(OSError):  # without a record, no file is the client's own
             for line in (folder / RECORD).read_text(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off
                     entry = json.loads(line)
-                    self._entries[entry["file"]] = Entry(entry["photo"], entry["sha256"])
-        # To which photo a name belongs. Some file systems ignore case.
-        self._owners = {name.casefold(): entry.photo for name, entry in self._entries.items()}
+                    self._written.add((entry["file"], entry["sha256"]))
+                    self._owners[str(entry["file"]).casefold()] = entry["photo"]
+
+    def create(self) -> None:
+        """Create the folder unless it exists. Raises ClientError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ClientError(f"--output-dir: cannot create {self.folder} ({error.strerror})") from error
+        if not os.access(self.folder, os.W_OK):
+            raise ClientError(f"--output-dir: cannot write to {self.folder}")
 
     def wrote(self, file: Path) -> bool:
         """Return whether the client wrote a file of this folder, and nobody has changed it since then."""
-        entry = self._entries.get(file.name)
-        if not entry:
+        if file.name.casefold() not in self._owners:
             return False
         try:
             with file.open("rb") as content:
-                return hashlib.file_digest(content, "sha256").hexdigest() == entry.sha256
+                return (file.name, hashlib.file_digest(content, "sha256").hexdigest()) in self._written
         except OSError:
             return False
 
@@ -182,20 +184,21 @@ class OutputFolder:
 
     def write(self, photo: Path, file: Path, content: bytes) -> None:
         """Write and record a file about a photo. After an interruption, it is either complete or not there."""
-        entry = Entry(self._relative(photo), hashlib.sha256(content).hexdigest())
+        sha256 = hashlib.sha256(content).hexdigest()
+        entry = {"photo": self._relative(photo), "sha256": sha256, "file": file.name}
         unfinished = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
         with self._lock:
             try:
                 unfinished.write_bytes(content)
-                self._record(file.name, entry)  # first, or an interruption could leave a file that nobody wrote
+                self._record(entry)  # first, or an interruption could leave a file that nobody wrote
                 unfinished.replace(file)
             except OSError as error:
                 unfinished.unlink(missing_ok=True)
                 raise OSError(error.errno, f"cannot write {file} ({error.strerror})") from error
-        self._entries[file.name] = entry
+            self._written.add((file.name, sha256))
 
-    def _record(self, name: str, entry: Entry) -> None:
-        line = json.dumps({**entry._asdict(), "file": name}) + "\n"
+    def _record(self, entry: Mapping[str, str]) -> None:
+        line = json.dumps(entry) + "\n"
         with (self.folder / RECORD).open("ab", buffering=0) as record:
             size = record.tell()
             try:

@@ -266,7 +266,7 @@ def test_the_report_has_a_line_of_json_for_each_photo(run_client, url, tmp_path)
         lines[entry.pop("file")] = entry
     nothing = {"width": None, "height": None, "kept": None, "encoded_bytes": None, "milliseconds": None, "files": []}
     assert lines["empty.jpg"] == nothing | {"error": "the file is empty"}
-    assert lines["missing.jpg"] == nothing | {"error": "cannot read missing.jpg (No such file or directory)"}
+    assert lines["missing.jpg"] == nothing | {"error": "cannot be read (No such file or directory)"}
     cat = lines[str(CAT)]
     assert (cat["width"], cat["height"], cat["files"], cat["error"]) == (451, 300, ["out/segm0.png"], None)
     assert cat["encoded_bytes"] == (tmp_path / "out" / "segm0.png").stat().st_size
@@ -291,11 +291,11 @@ def test_what_cannot_be_read_in_a_folder_does_not_keep_the_others_from_being_sen
     assert done.status == 1
     assert "skipping 3 files: 1 ._*, 1 .txt, 1 .heic\n" in done.err
     for reason in (
-        "folder/dangling.jpg: cannot read folder/dangling.jpg (No such file or directory)",
-        "folder/folder.jpg: folder/folder.jpg is a folder",
-        "folder/pipe.jpg: folder/pipe.jpg is not a file",
-        "missing.jpg: cannot read missing.jpg (No such file or directory)",
-        "*.missing: *.missing matches no file",
+        "folder/dangling.jpg: cannot be read (No such file or directory)",
+        "folder/folder.jpg: is a folder",
+        "folder/pipe.jpg: is not a file",
+        "missing.jpg: cannot be read (No such file or directory)",
+        "*.missing: matches no file",
     ):
         assert f"{reason}\n" in done.err
     assert "client.py: 7 of 7 photos, 5 failed, " in done.err
