@@ -294,7 +294,8 @@ def send_jobs(
             futures[future] = job.photo.path
     hide = True if len(futures) < 2 else None  # None: unless stderr is a terminal
     try:
-        for future in tqdm(as_completed(futures), total=len(futures), bar_format=PROGRESS, disable=hide):
+        finished = as_completed(futures)
+        for future in tqdm(finished, total=len(futures), unit=" photos", bar_format=PROGRESS, disable=hide):
             try:
                 result = future.result()
                 answered += 1

@@ -211,6 +211,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def mask_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server for the client, without a network. More than five photos at once are too many for it."""
+    log = tmp_path_factory.mktemp("mask_server") / "log"
+    with running_server(log, "--max-queue", 4, script=ROOT / "tests" / "mask_server.py") as server:
+        yield server
+
+
 @pytest.fixture(params=PROTOCOLS)
 def connection(server: Server, request: pytest.FixtureRequest) -> Connection:
     """Connections to the server of the session, over HTTP and over gRPC."""

@@ -12,19 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import PROTOCOLS, ROOT, Server, encode, running_server, sample, wait_for
+from conftest import PROTOCOLS, ROOT, Server, encode, sample, wait_for
 from front_door import KEY, NEEDS_NGINX, Proxy, make_certificate
 
 from client import ClientError, Connection, InferenceError
 from tools.launch import free_ports
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server where more than three photos at once are too many."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    with running_server(log, "--max-queue", 2, script=ROOT / "tests" / "mask_server.py") as server:
-        yield server
 
 
 def restart(server: Server) -> None:
@@ -57,8 +49,8 @@ def photos(tmp_path: Path) -> Callable[[int], Path]:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_full_queue_costs_no_photo(run_client, server, photos, protocol):
-    arguments = ("--url", server.connect(protocol).url, "--image-paths", photos(40), "--concurrency", 8)
+def test_a_full_queue_costs_no_photo(run_client, mask_server, photos, protocol):
+    arguments = ("--url", mask_server.connect(protocol).url, "--image-paths", photos(40), "--concurrency", 16)
     done = run_client(*arguments, "--retry-s", 0)
     assert done.status == 1
     busy = "the server is busy and its queue is full: send the photo again later"
@@ -69,18 +61,18 @@ def test_a_full_queue_costs_no_photo(run_client, server, photos, protocol):
     assert "client.py: 40 of 40 photos, 0 failed, " in done.err
 
 
-def test_a_restart_of_the_server_costs_no_photo(server, photos, tmp_path):
+def test_a_restart_of_the_server_costs_no_photo(mask_server, photos, tmp_path):
     folder = photos(200)
     clients = {}
     for protocol in PROTOCOLS:
         options = ("--format", "png", "--keep-names", "--output-dir", tmp_path / protocol, "--concurrency", "2")
-        command = [sys.executable, ROOT / "client.py", "--url", server.connect(protocol).url, *options]
+        command = [sys.executable, ROOT / "client.py", "--url", mask_server.connect(protocol).url, *options]
         clients[protocol] = subprocess.Popen(
             [*command, "--image-paths", folder], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
     written = {protocol: partial(lambda out: [*out.glob("*.png")], tmp_path / protocol) for protocol in PROTOCOLS}
     wait_for(lambda: all(len(files()) > 40 for files in written.values()))
-    restart(server)
+    restart(mask_server)
     assert all(len(files()) < 200 for files in written.values())
     for protocol, client in clients.items():
         with client:
@@ -91,11 +83,11 @@ def test_a_restart_of_the_server_costs_no_photo(server, photos, tmp_path):
         assert len(written[protocol]()) == 200
 
 
-def test_of_a_hundred_clients_none_loses_a_photo(server):
+def test_of_a_hundred_clients_none_loses_a_photo(mask_server):
     photo = encode(sample("cat", (120, 80)), "JPEG")
 
     def send(index: int) -> int:
-        connection = Connection(server.connect(PROTOCOLS[index % 2]).url, retry_s=120)
+        connection = Connection(mask_server.connect(PROTOCOLS[index % 2]).url, retry_s=120)
         return connection.infer(photo, ("mask",))["mask"].size
 
     with ThreadPoolExecutor(100) as pool:
@@ -114,9 +106,9 @@ def test_a_server_that_stays_away_is_waited_for_once_and_not_for_each_photo(prot
 
 
 @pytest.fixture(scope="module")
-def proxy(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def proxy(mask_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     certificate = make_certificate(tmp_path_factory.mktemp("tls"))
-    with Proxy([server], certificate, api_keys=f"{KEY} alice;\n") as proxy:
+    with Proxy([mask_server], certificate, api_keys=f"{KEY} alice;\n") as proxy:
         proxy.certificate = certificate
         yield proxy
 
@@ -175,10 +167,10 @@ def test_a_url_and_a_certificate_that_do_not_fit_are_one_line_that_says_what_to_
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_no_proxy_stands_between_grpc_and_this_machine(server, monkeypatch):
+def test_no_proxy_stands_between_grpc_and_this_machine(mask_server, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
-    server.connect("grpc").wait_for_model(timeout_s=10)
+    mask_server.connect("grpc").wait_for_model(timeout_s=10)
     # Elsewhere, gRPC uses it, and the message says so. The address is one that nobody has (RFC 5737).
     with pytest.raises(ClientError, match=r"the proxy in http_proxy; set no_proxy=192\.0\.2\.1 to connect directly\)"):
         Connection("grpc://192.0.2.1:8001").wait_for_model(timeout_s=0.5)
