@@ -88,7 +88,7 @@ class Connection:
         self.model_name = model_name
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._tls = self._scheme in ("https", "grpcs")
-        self._certificates = _check_certificates(ca_file) if ca_file else ssl.get_default_verify_paths().cafile
+        self._certificates = _check_certificates(ca_file) if ca_file else _system_certificates()
         self._retry_s = retry_s
         self._failing_since: float | None = None  # whatever was sent since then has failed
         self._announced = -math.inf
@@ -190,8 +190,9 @@ class Connection:
                     raise
                 # A busy server says so all the time.
                 level = logging.INFO if now > self._announced + ANNOUNCE_S else logging.DEBUG
+                if level == logging.INFO:
+                    self._announced = now
                 LOGGER.log(level, "%s: %s; trying again for up to %g s", self.url, error, self._retry_s)
-                self._announced = now if level == logging.INFO else self._announced
                 time.sleep(jittered)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
@@ -299,6 +300,12 @@ class Connection:
         return tritonclient.grpc.InferenceServerClient(
             self._address, ssl=self._tls, root_certificates=self._certificates, channel_args=options
         )
+
+
+def _system_certificates() -> str | None:
+    """Return the file with the CAs that the system trusts, for both protocols, whose libraries bring others along."""
+    files = ssl.get_default_verify_paths().cafile, "/etc/ssl/certs/ca-certificates.crt"
+    return next((file for file in files if file and Path(file).exists()), None)
 
 
 def _check_certificates(ca_file: Path) -> str:
