@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import hostile_photos
 import numpy as np
@@ -24,6 +25,7 @@ from PIL import Image, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import client  # noqa: E402
 from benchmark.cpu import kind  # noqa: E402 - the project is not a package
 from client import Connection, InferenceError  # noqa: E402
 from photo import Photo, read_photo  # noqa: E402
@@ -209,10 +211,40 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def mask_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server for the client, without a network. More than five photos at once are too many for it."""
+    log = tmp_path_factory.mktemp("mask_server") / "log"
+    with running_server(log, "--max-queue", 4, script=ROOT / "tests" / "mask_server.py") as server:
+        yield server
+
+
 @pytest.fixture(params=PROTOCOLS)
 def connection(server: Server, request: pytest.FixtureRequest) -> Connection:
     """Connections to the server of the session, over HTTP and over gRPC."""
     return server.connect(request.param)
+
+
+class Done(NamedTuple):
+    """How a run of the client ended, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., Done]:
+    """Runs client.py in this process, which saves a second each time, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["client.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            client.main()
+        return Done(end.value.code, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,49 +3,26 @@
 
 import http.server
 import itertools
+import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import PROTOCOLS, ROOT, SAMPLES, Server, decode, encode, psnr, run_python, sample, wait_for
+from conftest import PROTOCOLS, ROOT, SAMPLES, Done, Server, decode, encode, psnr, run_python, sample, wait_for
 from PIL import Image
 
 import client
+from client_files import RECORD
 from tools.launch import free_ports
 
 PERSON, CAT = SAMPLES["person"][0], SAMPLES["cat"][0]
-
-
-class Done(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run_client(tmp_path, monkeypatch, capfd) -> Callable[..., Done]:
-    """Runs client.py in this process, which saves a second each time, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["client.py", *map(str, arguments)])
-        status = 0
-        try:
-            client.main()
-        except SystemExit as end:
-            status = end.code
-        return Done(status, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture(params=PROTOCOLS)
@@ -76,7 +53,7 @@ def test_it_writes_images_of_high_quality_in_the_order_of_the_paths(run_client, 
     done = run_client("--url", url, "--dump-images", "--image-paths", PERSON, small, CAT, "--class-name", "cat")
     assert done.status == 0, done.err
     names = {f"{kind}{index}.jpg" for kind in ("orig", "segm") for index in range(3)}
-    assert {path.name for path in tmp_path.iterdir()} == {small.name} | names
+    assert {path.name for path in tmp_path.iterdir()} == {small.name, RECORD} | names
     for index, path in enumerate([PERSON, small, CAT]):
         original, segmented = image(tmp_path / f"orig{index}.jpg"), image(tmp_path / f"segm{index}.jpg")
         assert psnr(original, decode(path.read_bytes())) > 35
@@ -101,11 +78,20 @@ def test_it_sends_the_class_and_the_threshold(run_client, server):
     assert 75 < kept(done) < 85  # the cat fills 79 % of the photo
 
 
-def test_black_pixels_of_a_photo_do_not_count_as_cut_away(run_client, server, tmp_path):
-    photo = np.array(sample("person", (200, 200)).point(lambda value: max(value, 1)))
-    photo[:20] = 0  # 10 %
+def test_how_much_is_kept_does_not_depend_on_what_is_asked(run_client, server, tmp_path):
+    photo = np.array(sample("person", (200, 200)))
+    photo[:100, :50] = 0  # black pixels are no different from others
     Image.fromarray(photo).save(tmp_path / "dark.png")
-    assert kept(run_client("--url", server.http_url, "--threshold", 0, "--image-paths", "dark.png")) == 100
+    asked = [(), ("--dump-images",), ("--mask",), *(("--format", name) for name in ("jpeg", "png", "webp"))]
+    numbers = set()
+    for options in asked:
+        done = run_client(
+            "--url", server.http_url, *options, "--image-paths", "dark.png", "--output-dir", "out", "--report", "report"
+        )
+        assert done.status == 0, done.err
+        numbers.add((kept(done), json.loads((tmp_path / "report").read_text())["kept"]))
+    mask = server.connect("http").infer((tmp_path / "dark.png").read_bytes(), ("mask",))["mask"]
+    assert numbers == {(round(mask.mean() / 2.55), round(mask.mean() / 255, 6))}
 
 
 @pytest.mark.parametrize("name", ["jpeg", "png", "webp"])
@@ -121,7 +107,7 @@ def test_it_writes_the_servers_files_unchanged_with_the_original_upright_and_the
     assert done.status == 0, done.err
     ending = "jpg" if name == "jpeg" else name
     original, mask, cut_out = (tmp_path / "out" / file for file in ("orig0.jpg", "mask0.png", f"segm0.{ending}"))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {original.name, mask.name, cut_out.name}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {original.name, mask.name, cut_out.name, RECORD}
     assert psnr(image(original), decode(photo)) > 40
     parameters = {"format": name, "class_name": "person,cat", "threshold": 0.4}
     expected = server.connect("http").infer(photo, ("encoded", "mask"), parameters)
@@ -131,28 +117,6 @@ def test_it_writes_the_servers_files_unchanged_with_the_original_upright_and_the
     assert f"turned.jpg: 200 x 300 pixels, {image(mask).mean():.0%} kept, {cut_out.stat().st_size / 1000:.0f} KB" in (
         done.out
     )
-
-
-def test_an_interrupted_run_is_resumed(run_client, server, tmp_path):
-    photos = [f"photo{index}.png" for index in range(3)]
-    for photo in photos:
-        sample("cat", (90, 60)).save(tmp_path / photo)
-    arguments = ("--format", "png", "--mask", "--output-dir", "out", "--image-paths", *photos)
-    assert run_client("--url", server.http_url, *arguments).status == 0
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert len(written) == 6
-    (tmp_path / "out" / "mask1.png").unlink()
-    (tmp_path / "out" / "mask1.png.part").write_bytes(b"half a file")
-    done = run_client("--url", server.http_url, *arguments, "--skip-existing")
-    assert done.status == 0, done.err
-    assert "skipping 2 of 3 photos: their output files exist" in done.out
-    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert {path.name for path in written if again[path] != written[path]} == {"segm1.png", "mask1.png"}
-    assert again.keys() == written.keys()
-    # When nothing is left to do, no server is needed.
-    done = run_client("--url", "http://127.0.0.1:9", *arguments, "--skip-existing")
-    assert (done.status, done.err) == (0, "")
-    assert "skipping 3 of 3 photos" in done.out
 
 
 def test_each_thread_keeps_a_connection_of_its_own():
@@ -166,14 +130,6 @@ def test_a_url_without_a_scheme_means_http(run_client, server):
     assert run_client("--url", f"127.0.0.1:{server.http_port}").status == 0
 
 
-def test_more_than_one_photo_has_a_progress_bar(run_client, server):
-    assert "photos/s" not in run_client("--url", server.http_url).err
-    done = run_client("--url", server.http_url, "--image-paths", PERSON, CAT)
-    assert done.status == 0
-    assert "2/2" in done.err
-    assert "photos/s" in done.err
-
-
 def test_a_bad_photo_is_named_and_the_others_are_answered(run_client, url, tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "cut off.jpg").write_bytes(PERSON.read_bytes()[:50_000])
@@ -184,7 +140,7 @@ def test_a_bad_photo_is_named_and_the_others_are_answered(run_client, url, tmp_p
     assert "empty.jpg: the file is empty" in done.err
     assert "cut off.jpg: the photo is truncated" in done.err
     assert "note.txt: the photo (8 bytes) is damaged or of an unknown type" in done.err
-    assert "client.py: 3 of 5 photos failed" in done.err
+    assert "\nclient.py: 5 of 5 photos, 3 failed, " in done.err
     assert "Traceback" not in done.err
     assert {path.name for path in tmp_path.glob("orig*.jpg")} == {"orig0.jpg", "orig4.jpg"}
 

@@ -79,6 +79,9 @@ def test_help_shows_each_option_with_its_default(parse_options, capsys):
         (["--threshold", "high"], "argument --threshold: invalid float value: 'high'"),
         (["--image-paths"], "argument --image-paths: expected at least one argument"),
         (["--format", "gif"], "argument --format: invalid choice: 'gif' (choose from "),
+        (["--retry-s", "-1"], "argument --retry-s: must be a number of at least 0, not -1"),
+        (["--init-timeout-s", "nan"], "argument --init-timeout-s: must be a number of at least 0, not nan"),
+        (["--keep-names"], "argument --keep-names: needs --dump-images, --mask or a --format other than raw"),
         (["--skip-existing"], "argument --skip-existing: needs --dump-images, --mask or a --format other than raw"),
     ],
 )
@@ -89,12 +92,17 @@ def test_a_mistake_in_the_clients_options_is_one_line(arguments, expected, capsy
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--image-paths", "missing.jpg"], "--image-paths: cannot read missing.jpg (No such file or directory)"),
+        (["--image-paths", "missing.jpg"], "--image-paths: missing.jpg cannot be read (No such file or directory)"),
         (["--image-paths", "*.missing"], "--image-paths: *.missing matches no file"),
         (["--dump-images", "--output-dir", "/proc/nothing"], "--output-dir: cannot create /proc/nothing ("),
-        (["--url", "ftp://127.0.0.1:8000"], "--url must be http://host:port, grpc://host:port or host, not ftp"),
+        (["--url", "ftp://127.0.0.1:8000"], "--url must be http://host:port, grpc://host:port, https://"),
         (["--url", "http://127.0.0.1:999999"], "--url http://127.0.0.1:999999: Port out of range"),
         (["--url", "http://"], "--url must be"),
+        (["--url", "http://user:secret@127.0.0.1"], "--url must be"),
+        (["--ca-file", "missing.pem"], "--ca-file: cannot read missing.pem (No such file or directory)"),
+        (["--ca-file", "/dev/null"], "--ca-file: /dev/null contains no certificate in PEM format"),
+        (["--api-key", "two words"], "--api-key must consist of printable ASCII characters without spaces"),
+        (["--report", "missing/report"], "--report: cannot write missing/report (No such file or directory)"),
         (["--url", "http://[::1"], "--url http://[::1: Invalid IPv6 URL"),
     ],
 )
@@ -184,6 +192,8 @@ def test_all_means_each_gpu_and_counting_them_leaves_no_process(monkeypatch):
         ("gpu-server", "http://gpu-server:8000"),
         ("grpc://gpu-server", "grpc://gpu-server:8001"),
         ("http://[::1]", "http://[::1]:8000"),
+        ("https://example.com", "https://example.com:443"),
+        ("grpcs://example.com", "grpcs://example.com:443"),
     ],
 )
 def test_ports_may_be_omitted(url, expected):
@@ -192,9 +202,11 @@ def test_ports_may_be_omitted(url, expected):
 
 def test_a_client_without_options_has_the_documented_defaults():
     options = client.parse_options([])
-    assert client.find_photos(options.image_paths) == [SAMPLES["person"][0]]
+    assert client.find_photos(options.image_paths) == [(SAMPLES["person"][0], "")]
     assert (options.format, options.url, options.concurrency) == ("raw", "http://127.0.0.1:8000", 4)
-    assert (options.output_dir, options.init_timeout_s) == (Path(), 30)
+    assert (options.output_dir, options.init_timeout_s, options.retry_s) == (Path(), 30, 300)
+    assert (options.keep_names, options.overwrite, options.report, options.ca_file) == (False, False, None, None)
+    assert client.parse_options(["--mask", "--skip-existing"]).keep_names
     assert options.parameters == {}
     parameters = client.parse_options(["--class-name", "cat", "--threshold", "0.5"]).parameters
     assert parameters == {"class_name": "cat", "threshold": 0.5}
@@ -207,7 +219,8 @@ def test_folders_and_patterns_mean_their_photos_in_a_stable_order(tmp_path):
         (tmp_path / name).touch()
 
     def found(*patterns: str) -> list[str]:
-        return [str(path.relative_to(tmp_path)) for path in client.find_photos([f"{tmp_path}/{p}" for p in patterns])]
+        photos = client.find_photos([f"{tmp_path}/{pattern}" for pattern in patterns])
+        return [photo.problem or str(photo.path.relative_to(tmp_path)) for photo in photos]
 
     assert found("") == ["a.PNG", "b.jpg", "c.webp"]
     assert found("note.txt", "other", "b.jpg") == ["note.txt", "other/d.bmp", "other/e.jpeg", "b.jpg"]
@@ -216,5 +229,5 @@ def test_folders_and_patterns_mean_their_photos_in_a_stable_order(tmp_path):
     (tmp_path / "[1].jpg").touch()  # a name that looks like a pattern
     assert found("[1].jpg") == ["[1].jpg"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(client.ClientError, match=r"empty contains no photos \(.bmp, .jpeg, .jpg, .png, .webp\)$"):
-        found("empty")
+    nothing = "contains no photos (.bmp, .jfif, .jpe, .jpeg, .jpg, .png, .webp)"
+    assert found("empty", "b.jpg") == [nothing, "b.jpg"]

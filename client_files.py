@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of the client: which photos it reads, how its own files are called, and which files it may replace.
+
+The folder that it writes to has a hidden file that records each file: its name, the photo it is about, and its SHA-256.
+So a file is the client's own as long as nobody changed it, and a photo has the same names in each run.
+"""
+
+import contextlib
+import errno
+import functools
+import glob
+import hashlib
+import json
+import os
+import secrets
+import stat
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+from client_report import printable, say
+from connection import ClientError
+
+PHOTO_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
+RECORD = ".segmentation.jsonl"
+
+
+class Photo(NamedTuple):
+    """An entry of ``--image-paths``, and why it cannot be sent, if so."""
+
+    path: Path
+    problem: str = ""
+
+
+def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list[Photo]:
+    """Return the photos that the arguments of ``--image-paths`` mean, in a stable order.
+
+    What the client itself wrote does not count, unless it is named. If it lies in ``output_dir``, where this run is
+    going to write, it does not count even then, because a shell names all files that match a pattern.
+    """
+    photos: list[Photo] = []
+    skipped: Counter[str] = Counter()
+    output_folder = functools.cache(OutputFolder)
+
+    def is_own(file: Path) -> bool:
+        is_own = output_folder(file.parent).wrote(file)
+        skipped["written by this client"] += is_own
+        return is_own
+
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            try:
+                files = sorted(path.iterdir())
+            except OSError as error:
+                photos.append(Photo(path, f"cannot be read ({error.strerror})"))
+                continue
+            skipped.update(filter(None, map(reason_to_skip, files)))
+            found = [file for file in files if is_photo(file)]
+            nothing = f"contains no photos ({', '.join(sorted(PHOTO_ENDINGS))})"
+        elif os.path.lexists(path) or not glob.has_magic(pattern):
+            if not (output_dir and path.parent.resolve() == output_dir.resolve() and is_own(path)):
+                photos.append(Photo(path, problem_of(path)))
+            continue
+        else:
+            files = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute pattern
+            found = [file for file in files if is_photo(file) or not file.is_dir()]
+            nothing = "matches no file"
+        if not found:
+            photos.append(Photo(path, nothing))
+        photos += [Photo(file, problem_of(file)) for file in found if not is_own(file)]
+    skipped = +skipped
+    if skipped:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in skipped.most_common())
+        say(f"skipping {skipped.total()} files: {printable(kinds)}")
+    return photos
+
+
+def is_photo(file: Path) -> bool:
+    """Return whether a file in a folder has the name of a photo. macOS puts ``._a.jpg`` beside ``a.jpg``."""
+    return file.suffix.lower() in PHOTO_ENDINGS and not file.name.startswith("._")
+
+
+def reason_to_skip(file: Path) -> str:
+    """Return how a file in a folder is called that is neither a photo nor hidden, such as ``.txt``, or nothing."""
+    if file.name.startswith("._"):
+        return "._*"
+    if is_photo(file) or file.name.startswith(".") or not file.is_file():
+        return ""
+    return file.suffix.lower() or "without an ending"
+
+
+def problem_of(file: Path) -> str:
+    """Return why a file cannot be sent, or an empty string."""
+    try:
+        mode = file.stat().st_mode
+        if not stat.S_ISREG(mode):  # opening a pipe might wait forever
+            return "is a folder" if stat.S_ISDIR(mode) else "is not a file"
+        file.open("rb").close()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return ""
+
+
+class OutputFolder:
+    """A folder for the client's files, which need not exist yet. Any thread may write."""
+
+    def __init__(self, folder: Path, photos: Iterable[Path] = (), overwrite: bool = False):
+        """``photos`` are never written over; ``overwrite`` permits it for all other files."""
+        self.folder = folder
+        self._overwrite = overwrite
+        self._photos = {identity for photo in photos if (identity := _identity(photo))}
+        self._lock = threading.Lock()
+        self._written: set[tuple[str, str]] = set()  # names of files and their SHA-256
+        self._owners: dict[str, str] = {}  # the photo to which a name belongs; some file systems ignore case
+        with contextlib.suppress(OSError):  # without a record, no file is the client's own
+            for line in (folder / RECORD).read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off
+                    entry = json.loads(line)
+                    self._written.add((entry["file"], entry["sha256"]))
+                    self._owners[str(entry["file"]).casefold()] = entry["photo"]
+
+    def create(self) -> None:
+        """Create the folder unless it exists. Raises ClientError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ClientError(f"--output-dir: cannot create {self.folder} ({error.strerror})") from error
+        if not os.access(self.folder, os.W_OK):
+            raise ClientError(f"--output-dir: cannot write to {self.folder}")
+
+    def wrote(self, file: Path) -> bool:
+        """Return whether the client wrote a file of this folder, and nobody has changed it since then."""
+        if file.name.casefold() not in self._owners:
+            return False
+        try:
+            with file.open("rb") as content:
+                return (file.name, hashlib.file_digest(content, "sha256").hexdigest()) in self._written
+        except OSError:
+            return False
+
+    def numbered(self, index: int, endings: Mapping[str, str]) -> dict[str, Path]:
+        """Return the files of a photo by kind, such as ``segm0.png``. ``endings`` has the ending of each kind."""
+        return {kind: self.folder / f"{kind}{index}.{ending}" for kind, ending in endings.items()}
+
+    def named(self, photo: Path, endings: Mapping[str, str]) -> dict[str, Path]:
+        """Return the files of a photo by kind, named after it: ``beach.png``, or ``beach-2.png`` if that is taken."""
+        owner = self._relative(photo)
+        for number in count(1):
+            stem = photo.stem if number == 1 else f"{photo.stem}-{number}"
+            names = {
+                kind: f"{stem}.{ending}" if kind == "segm" else f"{stem}.{kind}.{ending}"
+                for kind, ending in endings.items()
+            }
+            files = {kind: self.folder / name for kind, name in names.items()}
+            if all(self._is_available(file, owner) for file in files.values()):
+                self._owners |= {name.casefold(): owner for name in names.values()}
+                return files
+        raise AssertionError
+
+    def _is_available(self, file: Path, owner: str) -> bool:
+        known = self._owners.get(file.name.casefold())
+        if known is not None:
+            return known == owner and _identity(file) not in self._photos
+        return not os.path.lexists(file) or (self._overwrite and _identity(file) not in self._photos)
+
+    def _relative(self, photo: Path) -> str:
+        return os.path.relpath(photo, self.folder)
+
+    def obstacle(self, file: Path) -> str:
+        """Return why a file must not be written, or an empty string."""
+        if not os.path.lexists(file):
+            return ""
+        if _identity(file) in self._photos:
+            return f"{file} is one of the photos"
+        if file.is_dir():
+            return f"{file} is a folder"
+        if self._overwrite or self.wrote(file):
+            return ""
+        return f"{file} exists, and is not as this client wrote it"
+
+    def write(self, photo: Path, file: Path, content: bytes) -> None:
+        """Write and record a file about a photo. After an interruption, it is either complete or not there."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        entry = {"photo": self._relative(photo), "sha256": sha256, "file": file.name}
+        unfinished = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
+        with self._lock:
+            try:
+                unfinished.write_bytes(content)
+                self._record(entry)  # first, or an interruption could leave a file that nobody wrote
+                unfinished.replace(file)
+            except OSError as error:
+                unfinished.unlink(missing_ok=True)
+                raise OSError(error.errno, f"cannot write {file} ({error.strerror})") from error
+            self._written.add((file.name, sha256))
+
+    def _record(self, entry: Mapping[str, str]) -> None:
+        line = json.dumps(entry) + "\n"
+        with (self.folder / RECORD).open("ab", buffering=0) as record:
+            size = record.tell()
+            try:
+                if record.write(line.encode()) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                record.truncate(size)
+                raise
+
+    def stop(self) -> None:
+        """Return when no file is half written, and let nobody write any more: for a process that is about to end."""
+        self._lock.acquire()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what two paths of one file have in common."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the client tells the user about each photo."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from tqdm import tqdm
+
+from connection import ClientError
+
+
+class Result(NamedTuple):
+    """What became of one photo: a line of ``--report``. Only a photo that failed has an ``error``."""
+
+    file: str
+    width: int | None = None
+    height: int | None = None
+    kept: float | None = None  # the share of its pixels in the cut-out
+    encoded_bytes: int | None = None  # of the cut-out as an image file
+    milliseconds: float | None = None  # from reading the photo to the answer, with all retries
+    files: Sequence[str] = ()
+    error: str | None = None
+
+    def __str__(self) -> str:
+        if self.error:
+            return printable(f"{self.file}: {self.error}")
+        facts = [f"{self.width} x {self.height} pixels", f"{self.kept:.0%} kept"]
+        if self.encoded_bytes:
+            facts.append(f"{self.encoded_bytes / 1000:.0f} KB")
+        facts.append(f"{self.milliseconds:.0f} ms")
+        return printable(f"{self.file}: {', '.join([*facts, *self.files])}")
+
+
+class Report:
+    """Tells the user what became of each photo: on stdout, or on stderr if it failed, and in the file of --report."""
+
+    def __init__(self, path: Path | None, obstacle: str = ""):
+        """Open the file, if there is one. ``obstacle`` says why it must not be replaced. Raises ClientError."""
+        self.incomplete = False
+        self._lines, self._json = sys.stdout, None
+        if path == Path("-"):
+            self._lines, self._json = None, sys.stdout
+        elif path:
+            try:
+                if path.is_file():
+                    with path.open("rb") as existing:
+                        if existing.read(9) in (b"", b'{"file": '):  # a report of an earlier run
+                            obstacle = ""
+                if obstacle and (path.is_file() or path.is_dir()):  # and not a pipe
+                    raise ClientError(f"--report: {obstacle}: set another file, or --overwrite")
+                self._json = path.open("w")
+            except OSError as error:
+                raise ClientError(f"--report: cannot write {path} ({error.strerror})") from None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether anybody gets to know about photos that succeed."""
+        return bool(self._lines or self._json)
+
+    def add(self, result: Result) -> None:
+        """Report on a photo. What cannot be written is said once; it makes the report incomplete, but no photo fail."""
+        if self._json:
+            self._json = self._print(json.dumps(result._asdict()), self._json)
+        if result.error:
+            say(str(result))
+        elif self._lines:
+            self._lines = self._print(str(result), self._lines)
+
+    def _print(self, line: str, stream: TextIO) -> TextIO | None:
+        """Print a line. Return the stream, or None if it takes no more."""
+        try:
+            with tqdm.external_write_mode(stream):
+                print(line, file=stream, flush=True)
+        except OSError as error:
+            if stream is sys.stdout:  # Python flushes it once more at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if not (stream is sys.stdout and isinstance(error, BrokenPipeError)):  # as with "| head"
+                self.incomplete = True
+                say(f"client.py: cannot write to {stream.name.strip('<>')} ({error.strerror}); continuing without")
+            return None
+        return stream
+
+
+def say(line: str) -> None:
+    """Print a line to stderr, beside the progress bar."""
+    with contextlib.suppress(OSError), tqdm.external_write_mode(sys.stderr):
+        print(line, file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Return a text for one line of a terminal: the name of a file may contain anything."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client's connection to a model on a server: HTTP or gRPC, with or without TLS, an API key and retries."""
+
+import ipaddress
+import logging
+import math
+import os
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import urlsplit
+
+import numpy as np
+import tritonclient.grpc
+import tritonclient.http
+from tritonclient.utils import InferenceServerException
+
+MODEL_NAME = "ResNet101"
+DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "https": 443, "grpcs": 443}
+REQUEST_TIMEOUT_S = 300.0  # enough for a long queue at a server without a GPU
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 4.0  # between two attempts
+TLS_CHECK_AFTER_S = 1.0
+ANNOUNCE_S = 60.0  # how often a user hears that requests are sent again
+
+BUSY = {"429", "502", "503", "StatusCode.UNAVAILABLE"}
+# The server and its proxy say "again later" where that helps. Triton listens before it has the model, and after it.
+TRANSIENT = ("again later", "timeout expired", "Request for unknown model")
+DENIED = {"401", "403", "StatusCode.UNAUTHENTICATED", "StatusCode.PERMISSION_DENIED"}
+
+LOGGER = logging.getLogger("client")
+
+
+class ClientError(Exception):
+    """Nothing can be sent. The message is one line for the user."""
+
+
+class InferenceError(Exception):
+    """One request was not answered. The message is the server's sentence.
+
+    ``transient`` says whether the same request may succeed later, and ``denied`` whether the server rejects the key.
+    """
+
+    def __init__(self, message: str, transient: bool = False, denied: bool = False):
+        super().__init__(message)
+        self.transient, self.denied = transient, denied
+
+
+class Connection:
+    """Talks to a model on one server. Any thread may use it."""
+
+    def __init__(
+        self,
+        url: str,
+        model_name: str = MODEL_NAME,
+        api_key: str = "",
+        ca_file: Path | None = None,
+        retry_s: float = 0,
+    ):
+        """``url`` is SCHEME://host:port or host; the port may be omitted. Raises ClientError.
+
+        ``api_key`` is for the proxy in front of a server; see docs/security.md. ``ca_file`` has the certificates that
+        are trusted instead of the system's. ``retry_s`` is for how many seconds a request is sent again if the server
+        is busy or cannot be reached.
+        """
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            port = parts.port
+        except ValueError as error:
+            raise ClientError(f"--url {url}: {error}") from None
+        if parts.scheme not in DEFAULT_PORTS or not parts.hostname or "@" in parts.netloc or parts.path.strip("/"):
+            schemes = ", ".join(f"{scheme}://host:port" for scheme in DEFAULT_PORTS)
+            raise ClientError(f"--url must be {schemes} or host, not {url}")
+        if not re.fullmatch(r"[!-~]*", api_key):
+            raise ClientError("--api-key must consist of printable ASCII characters without spaces")
+        self._scheme, self._host = parts.scheme, parts.hostname
+        self._port = DEFAULT_PORTS[parts.scheme] if port is None else port
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        self._address = f"{host}:{self._port}"
+        self.url = f"{self._scheme}://{self._address}"
+        self.model_name = model_name
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._tls = self._scheme in ("https", "grpcs")
+        self._certificates = _check_certificates(ca_file) if ca_file else _system_certificates()
+        self._retry_s = retry_s
+        self._failing_since: float | None = None  # whatever was sent since then has failed
+        self._announced = -math.inf
+        self._is_grpc = self._scheme.startswith("grpc")
+        self._triton: ModuleType = tritonclient.grpc if self._is_grpc else tritonclient.http
+        self._local = threading.local()
+
+    def wait_for_model(self, timeout_s: float) -> None:
+        """Return when the model is ready. Raises ClientError if it is not within ``timeout_s`` seconds.
+
+        A mistake that waiting does not cure, such as a wrong certificate, is raised at once.
+        """
+        began = time.monotonic()
+        announced = tls_checked = False
+        while True:
+            try:
+                if self._is_ready(min(5.0, max(0.1, began + timeout_s - time.monotonic()))):
+                    return
+                state = f"the model {self.model_name} is not ready"
+            except Exception as error:  # refused, unknown host, not HTTP: each library has its own exceptions
+                state = f"cannot reach the server ({explain(error)}{self._proxy_hint()})"
+            waited = time.monotonic() - began
+            # A server that is starting need not be asked for TLS if nobody said that it has it.
+            if not tls_checked and (self._tls or waited > min(timeout_s, TLS_CHECK_AFTER_S)):
+                tls_checked = self._check_tls()
+            if waited > timeout_s:
+                raise ClientError(
+                    f"{self.url}: {state}. Start it with `python server.py`, or set --url or --init-timeout-s"
+                )
+            if not announced:
+                LOGGER.info("waiting up to %g s for %s to serve %s", timeout_s, self.url, self.model_name)
+                announced = True
+            time.sleep(0.2)
+
+    def _is_ready(self, timeout_s: float) -> bool:
+        if self._is_grpc:
+            return self.client.is_model_ready(self.model_name, client_timeout=timeout_s)
+        with self._new_http_client(timeout_s, timeout_s) as client:
+            return client.is_model_ready(self.model_name)
+
+    def _check_tls(self) -> bool:
+        """Raise ClientError if the URL and the server do not agree about TLS. Return whether somebody listens there."""
+        context = ssl.create_default_context(cafile=self._certificates)
+        if not (self._tls and self._certificates):
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        try:
+            with socket.create_connection((self._host, self._port), timeout=2) as plain:
+                try:
+                    context.wrap_socket(plain, server_hostname=self._host).close()
+                except ssl.SSLCertVerificationError as error:
+                    cure = "set --ca-file to the certificate of its CA"
+                    if "mismatch" in error.verify_message:
+                        cure = "use the host name of the certificate in --url"
+                    elif "expired" in error.verify_message:
+                        cure = "renew it"
+                    reason = error.verify_message.rstrip(".")
+                    raise ClientError(
+                        f"{self.url}: the server's certificate is not trusted ({reason}): {cure}"
+                    ) from None
+                except OSError as error:
+                    if self._tls and getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+                        plain_url = f"{self._scheme[:-1]}://{self._address}"
+                        raise ClientError(f"{self.url}: the server does not use TLS: set --url {plain_url}") from None
+                    return True
+        except OSError:
+            return False
+        if not self._tls:
+            tls_url = f"{self._scheme}s://{self._address}"
+            raise ClientError(f"{self.url}: the server uses TLS: set --url {tls_url}, with the name in its certificate")
+        return True
+
+    def infer(
+        self,
+        encoded: bytes,
+        outputs: Sequence[str] = (),
+        parameters: Mapping[str, object] | None = None,
+        timeout_us: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Return the outputs that are named, or the server's default ones, with a batch dimension of 1.
+
+        ``encoded`` are the bytes of a photo. The server rejects it once it has waited for ``timeout_us`` microseconds.
+        Raises InferenceError, if it is transient after ``retry_s`` seconds.
+        """
+        pause, first_failure = FIRST_PAUSE_S, None
+        while True:
+            try:
+                answer = self._infer_once(encoded, outputs, parameters, timeout_us)
+            except InferenceError as error:
+                if not error.transient:
+                    self._failing_since = None
+                    raise
+                now = time.monotonic()
+                first_failure = first_failure or now
+                # If the server answers nothing at all, each photo of a thousand must not wait for it again.
+                self._failing_since = self._failing_since or now
+                jittered = pause * random.uniform(0.5, 1)  # so that many clients do not come back at once
+                if now + jittered > min(first_failure, self._failing_since) + self._retry_s:
+                    raise
+                # A busy server says so all the time.
+                level = logging.INFO if now > self._announced + ANNOUNCE_S else logging.DEBUG
+                if level == logging.INFO:
+                    self._announced = now
+                LOGGER.log(level, "%s: %s; trying again for up to %g s", self.url, error, self._retry_s)
+                time.sleep(jittered)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            else:
+                self._failing_since = None
+                return answer
+
+    def _infer_once(
+        self,
+        encoded: bytes,
+        outputs: Sequence[str],
+        parameters: Mapping[str, object] | None,
+        timeout_us: int | None,
+    ) -> dict[str, np.ndarray]:
+        options = {"client_timeout": REQUEST_TIMEOUT_S} if self._is_grpc else {}
+        if outputs:
+            options["outputs"] = [self._triton.InferRequestedOutput(name) for name in outputs]
+        began = time.monotonic()
+        try:
+            result = self.client.infer(
+                self.model_name,
+                [self.image_input(encoded)],
+                parameters=dict(parameters or {}),
+                timeout=timeout_us,
+                headers=self._headers,
+                **options,
+            )
+            response = result.get_response()
+            received = response["outputs"] if isinstance(response, dict) else response.outputs
+            names = [output["name"] if isinstance(output, dict) else output.name for output in received]
+            arrays = {name: result.as_numpy(name) for name in names}
+        except Exception as error:
+            if not isinstance(error, InferenceServerException):
+                self._local.__dict__.clear()  # an HTTP connection that broke in the middle is of no more use
+            raise self._inference_error(error) from error
+        LOGGER.debug("%d bytes: %s in %.0f ms", len(encoded), ", ".join(names), (time.monotonic() - began) * 1000)
+        return arrays
+
+    def _inference_error(self, error: Exception) -> InferenceError:
+        """Return what an exception of Triton's clients means."""
+        sentence = explain(error)
+        if isinstance(error, InferenceServerException):
+            denied = error.status() in DENIED
+            if denied:
+                sentence = f"{sentence}. Set --api-key, or API_KEY in the environment"
+            transient = error.status() in BUSY or any(words in sentence for words in TRANSIENT)
+            return InferenceError(sentence + self._proxy_hint(error), transient, denied)
+        if isinstance(error, TimeoutError):
+            return InferenceError(f"no answer within {REQUEST_TIMEOUT_S:g} s")
+        if isinstance(error, (OSError, HTTPException)):
+            return InferenceError(f"cannot reach the server ({sentence})", not isinstance(error, ssl.SSLError))
+        return InferenceError(f"the answer is incomplete ({sentence})", transient=True)
+
+    def _proxy_hint(self, error: Exception | None = None) -> str:
+        """Return which proxy gRPC uses, which does so by itself, if it cannot be reached through that."""
+        if not self._is_grpc or self._is_loopback() or (error and "failed to connect" not in str(error)):
+            return ""
+        used = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), None)
+        if not used or urllib.request.proxy_bypass(self._host):
+            return ""
+        return f", through the proxy in {used}; set no_proxy={self._host} to connect directly"
+
+    def _is_loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self._host).is_loopback
+        except ValueError:
+            return self._host == "localhost" or self._host.endswith(".localhost")
+
+    def image_input(self, encoded: bytes) -> tritonclient.http.InferInput | tritonclient.grpc.InferInput:
+        """Return the model's input, UINT8 ``[1, N]``, for Triton's own client."""
+        photo = np.frombuffer(encoded, np.uint8)[None]
+        image = self._triton.InferInput("image", photo.shape, "UINT8")
+        image.set_data_from_numpy(photo)
+        return image
+
+    @property
+    def client(self) -> tritonclient.http.InferenceServerClient | tritonclient.grpc.InferenceServerClient:
+        """Triton's own client, one for each thread, because the one for HTTP is not thread-safe.
+
+        Never with ``verbose``, which prints the API key and the bytes of each photo.
+        """
+        if not hasattr(self._local, "client"):
+            self._local.client = self._new_grpc_client() if self._is_grpc else self._new_http_client()
+        return self._local.client
+
+    def _new_http_client(
+        self, connect_timeout_s: float = 60, timeout_s: float = REQUEST_TIMEOUT_S
+    ) -> tritonclient.http.InferenceServerClient:
+        return tritonclient.http.InferenceServerClient(
+            self._address,
+            connection_timeout=connect_timeout_s,
+            network_timeout=timeout_s,
+            ssl=self._tls,
+            ssl_options={"ca_certs": self._certificates} if self._tls and self._certificates else None,
+        )
+
+    def _new_grpc_client(self) -> tritonclient.grpc.InferenceServerClient:
+        options = [
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_receive_message_length", -1),
+            # Without a limit, gRPC waits up to two minutes before it looks for a server that was restarted.
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+            ("grpc.enable_http_proxy", int(not self._is_loopback())),  # no proxy can reach this machine's loopback
+        ]
+        return tritonclient.grpc.InferenceServerClient(
+            self._address, ssl=self._tls, root_certificates=self._certificates, channel_args=options
+        )
+
+
+def _system_certificates() -> str | None:
+    """Return the file with the CAs that the system trusts, for both protocols, whose libraries bring others along."""
+    files = ssl.get_default_verify_paths().cafile, "/etc/ssl/certs/ca-certificates.crt"
+    return next((file for file in files if file and Path(file).exists()), None)
+
+
+def _check_certificates(ca_file: Path) -> str:
+    """Return the path of a file with certificates. Raises ClientError."""
+    try:
+        ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError:
+        raise ClientError(f"--ca-file: {ca_file} contains no certificate in PEM format") from None
+    except OSError as error:
+        raise ClientError(f"--ca-file: cannot read {ca_file} ({error.strerror})") from None
+    return str(ca_file)
+
+
+def explain(error: Exception) -> str:
+    """Return the one line of an error that says what is wrong. PyTriton and Triton wrap it into tracebacks."""
+    said = error.message() if isinstance(error, InferenceServerException) else str(error)
+    text = said.split("\nAt:\n")[0].strip() or type(error).__name__
+    if "Exceeds maximum queue size" in text:
+        return "the server is busy and its queue is full: send the photo again later"
+    if "while decoding the response" in text:  # a page of something else, such as a load balancer
+        return f"the answer is not Triton's, HTTP status {error.status()}"
+    found = re.search(r"(InvalidRequest|InferenceFailed): (.*)", text)
+    return found[2] if found else text.splitlines()[-1].strip()
