@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from serving.pytriton_internals import FrontendModel
 
 CONNECT_TIMEOUT_S = 30
+GPUS_PER_TRITON = 2  # more of them did little more, as long as the network is fast; measured in docs/production.md
 
 LOGGER = logging.getLogger("server")
 
@@ -106,6 +107,13 @@ class Fleet:
     def _fork(self) -> None:
         options = self._options
         names = list_devices(options.device, options.start_timeout_s)
+        gpus = len(set(names) - {"cpu"})
+        if gpus > GPUS_PER_TRITON:
+            LOGGER.warning(
+                "%d GPUs share one Triton, which may not keep up: several servers behind the proxy can be faster, see "
+                "docs/production.md",
+                gpus,
+            )
         shm_bytes = shutil.disk_usage("/dev/shm").free // len(names)
         count = options.instances or MOST_DEFAULT_INSTANCES
         self.traffic = Traffic(count * len(names))

@@ -90,6 +90,7 @@ def test_each_gpu_has_a_worker(tmp_path):
     devices = "all" if count > 1 else "cuda:0,cuda:0"
     with running_server(tmp_path / "log", "--weights", "demo", "--instances", 1, "--device", devices) as server:
         assert server.log.read_text().count(f"device: {torch.cuda.get_device_name()}") == max(2, count)
+        assert ("GPUs share one Triton" in server.log.read_text()) == (count > 2)
         assert_both_workers_answer(server)
         assert server.stop() == 0
         assert server.left_behind() == []
