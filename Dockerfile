@@ -3,7 +3,7 @@
 # this prints: docker buildx imagetools inspect python:3.11.15-slim-bookworm
 FROM python:3.11.15-slim-bookworm
 
-# video: without it, the GPU's hardware JPEG decoder stays off.
+# video: for the GPU's JPEG hardware (--jpeg-hardware).
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \
     PYTHONUNBUFFERED=1
@@ -26,14 +26,15 @@ COPY weights weights
 COPY images images
 USER 1000
 
-# docker build --build-arg WEIGHTS=pretrained puts the pretrained weights into the image, for machines without internet access.
+# docker build --build-arg WEIGHTS=pretrained downloads the pretrained weights into the image, for machines without internet
+# access.
 ARG WEIGHTS=
 RUN if [ -n "$WEIGHTS" ]; then \
     python -c "import server, weights.loading; weights.loading.load_weights('$WEIGHTS', server.NETWORK)"; fi
 
 EXPOSE 8000 8001 8002
 
-# Triton's own /v2/health/ready answers 200 before the model is ready.
+# Triton's own /v2/health/ready returns 200 before the model is ready.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import os, urllib.request as u; os.environ['no_proxy'] = '*'; \
         u.urlopen('http://127.0.0.1:8000/v2/models/ResNet101/ready', timeout=4)"]

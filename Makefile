@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make run: serve, segment the sample photo, print where the pictures are.   make page: serve a page for browsers.
+# make run: serve, segment the sample photo, print the output paths.   make page: serve a page for browsers.
 # make test: run the tests.
 
 PYTHON ?= python3
@@ -24,9 +24,9 @@ run: .venv/run
 	@echo "Starting the server, which takes about 15 seconds. The first start may download 233 MB of weights."
 	@$(BIN)/python -m tools.launch server.py -- client.py --init-timeout-s 600 --dump-images --output-dir $(OUTPUT)
 	@echo
-	@echo "The server cut the person out of images/orig.jpg. The pictures:"
+	@echo "The server segmented images/orig.jpg. The pictures:"
 	@echo "    $(OUTPUT)/orig0.jpg  the photo as the server decoded it"
-	@echo "    $(OUTPUT)/segm0.jpg  the person"
+	@echo "    $(OUTPUT)/segm0.jpg  the person, on black"
 
 serve: .venv/run
 	$(BIN)/python server.py
@@ -44,11 +44,11 @@ test-long: .venv/dev
 	@echo "Running the long tests: fuzzing, a soak, memory growth, the proxy, attacks, the page. This takes about 15 minutes on two cores."
 	$(BIN)/python -m pytest tests/long
 
-# Everything: what to run on a machine with a GPU.
+# All tests, for a machine with a GPU.
 test-all: .venv/dev
 	$(BIN)/python -m pytest tests
 
-# On a machine with Docker.
+# Needs Docker.
 docker-test: .venv/run
 	deploy/docker_test.sh
 
@@ -59,12 +59,12 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Pin everything that the short lists need, with hashes.
+# Pin all packages that the short lists need, with hashes.
 lock: .venv/uv
 	for list in requirements-uv requirements requirements-dev; do $(BIN)/uv pip compile --quiet --universal \
 	    --python-version 3.11 --upgrade --generate-hashes --custom-compile-command "make lock" $$list.in -o $$list.txt; done
 
-# What uv says, without the packages below 100 MB and the list of all of them at the end.
+# Hides downloads below 100 MB, and the final list of packages, in uv's output.
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --require-hashes --compile-bytecode
 SUMMARY := grep --line-buffered -vE '^ ([-+~]|Downloaded) |^Uninstalled |^Downloading .*\([0-9.]{1,4}MiB|KiB'
 

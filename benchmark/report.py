@@ -99,21 +99,23 @@ def _cell(value: object) -> str:
 
 
 def plot(report: Mapping, path: Path) -> None:
-    """Draw throughput and latency over the photos in flight. Needs matplotlib."""
+    """Draw throughput with the most photos in flight, and latency with the fewest. Needs matplotlib."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 5), layout="constrained")
+    rows = [row for row in report["rows"] if row["photos"]]
+    counts = [row["in_flight"] for row in rows]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    panels = (("photos_per_s", max(counts), "photos/s"), ("p50_ms", min(counts), "median latency in ms"))
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 1.2 + 0.35 * len(names)), layout="constrained", sharey=True)
     figure.suptitle(report["machine"]["device"])
-    for axis, key, label in zip(axes, ("photos_per_s", "p50_ms"), ("photos/s", "median latency in ms"), strict=True):
-        rows = [row for row in report["rows"] if row["photos"]]
-        for name in dict.fromkeys(row["name"] for row in rows):
-            points = [(row["in_flight"], row[key]) for row in rows if row["name"] == name]
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.set(xlabel="photos in flight", ylabel=label)
-        if max(row[key] for row in rows) > 100 * min(row[key] for row in rows):
-            axis.set_yscale("log")  # on a CPU, the ceiling is far above the other rows
-        else:
-            axis.set_ylim(0)
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    for axis, (key, in_flight, title) in zip(axes, panels, strict=True):
+        values = {row["name"]: row[key] for row in rows if row["in_flight"] == in_flight}
+        bars = axis.barh(names, [values.get(name, 0) for name in names])
+        axis.bar_label(bars, [_cell(float(values[name])) if name in values else "" for name in names], padding=4)
+        axis.set_title(f"{title}, {in_flight} in flight", fontsize="medium")
+        axis.margins(x=0.15)  # for the labels
+        axis.xaxis.set_visible(False)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        axis.tick_params(left=False)
+    axes[0].invert_yaxis()  # the first row on top
     figure.savefig(path, dpi=120)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds the image and runs it both ways that the README shows. Run it with "make docker-test". Set IMAGE to test an existing
+# Builds the image and runs it with both of the README's commands. Run it with "make docker-test". Set IMAGE to test an existing
 # image, and HOST to the IP address of the machine that DOCKER_HOST names.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# The proxy: Debian's nginx and njs, those that are tested, with Debian's security fixes as of the build. To update it, choose the
-# newest 12 of the base image's tags, and build with --no-cache.
+# The proxy: nginx and njs of Debian 12, as tested, with the security fixes that exist when you build it. To update it,
+# choose the newest 12 of the base image's tags, and build with --no-cache.
 FROM debian:12.14-slim
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends nginx libnginx-mod-http-js \
@@ -11,7 +11,7 @@ USER www-data
 EXPOSE 8080 8081
 # Finish the requests in flight.
 STOPSIGNAL SIGQUIT
-# Through the proxy, which tells whether clients are answered.
+# Checks the model through the proxy, as clients reach it.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=5s CMD ["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/8080 \
     && printf 'GET /v2/models/ResNet101/ready HTTP/1.0\\r\\n\\r\\n' >&3 && head -n 1 <&3 | grep -q ' 200 '"]
 CMD ["nginx", "-p", "/tmp", "-c", "/etc/proxy/nginx.conf"]

@@ -7,6 +7,7 @@ import http.server
 import json
 import re
 import ssl
+import textwrap
 import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -26,6 +27,7 @@ from front_door import (
     SERVICE,
     Proxy,
     access_token,
+    adapt,
     connected,
     described,
     grpc_refusal,
@@ -49,7 +51,7 @@ SENTENCES = {
     400: "the request is malformed: check Content-Length and Inference-Header-Content-Length",
     404: "the proxy does not let this method and path through",
     411: "send the body with a Content-Length, not in chunks",
-    413: "the request is too large: save the photo as a JPEG, or scale it down",
+    413: "the request is too large: scale the photo down, save it as a JPEG, or shorten the JSON",
     415: "send the request without compression",
 }
 
@@ -604,7 +606,8 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @NEEDS_NGINX
-def test_tls_and_the_api_key(server, certificate):
+def test_tls_and_the_api_key(server, certificate, monkeypatch):
+    monkeypatch.chdir(ROOT)
     context = ssl.create_default_context(cafile=str(certificate))
 
     def ask(method: str, path: str, body: bytes | None = None, **headers: str) -> int:
@@ -630,3 +633,21 @@ def test_tls_and_the_api_key(server, certificate):
                     refused("Toy")
             result = client.infer("Toy", [image], headers={"authorization": f"Bearer {KEY}"})
             assert (result.as_numpy("inverted")[0] == 255 - decode(PHOTO)).all()
+
+        # The example in the documentation, and the changes that it names for HTTP.
+        monkeypatch.setenv("API_KEY", KEY)
+        page = (ROOT / "docs" / "security.md").read_text()
+        example = textwrap.dedent(page.split("With TLS and a key in Python:\n")[1].split("\n`ca.pem`")[0])
+        for_http = {
+            "tritonclient.grpc": "tritonclient.http",
+            "8444": "8443",
+            'root_certificates="ca.pem"': 'ssl_options={"ca_certs": "ca.pem"}',
+        }
+        assert all(there in page for there in for_http.values())
+        for code in (example, adapt(example, for_http)):
+            ports = {"8444": locked.grpcs_port, "8443": locked.https_port}
+            for there, here in ports.items():
+                code = code.replace(f"example.com:{there}", f"localhost:{here}")
+            names: dict = {}
+            exec(adapt(code, {"ResNet101": "Toy", "ca.pem": str(certificate)}), names)
+            assert (names["result"].as_numpy("inverted")[0] == 255 - decode(PHOTO)).all()

@@ -17,9 +17,11 @@ import pytest
 from conftest import (
     PHOTO,
     PROTOCOLS,
+    ROOT,
     Server,
     decode,
     encode,
+    get,
     http_request,
     running_together,
     start_toy,
@@ -73,6 +75,7 @@ def test_more_clients_than_may_wait_are_refused_at_once(slow):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_request_that_waited_too_long_is_not_begun(slow, protocol, tmp_path):
     begun, go_on = slow.metric("exec_count"), tmp_path / "go on"
+    expired = metric_of_expired_requests(slow)
     connection = slow.connect("http")
     with ThreadPoolExecutor(4) as pool:
         patient = [pool.submit(connection.infer, PHOTO, (), {"hold": str(go_on)}) for _ in range(3)]
@@ -84,6 +87,13 @@ def test_a_request_that_waited_too_long_is_not_begun(slow, protocol, tmp_path):
             impatient.result()
         assert all(answer.result()["inverted"].shape == (1, 512, 512, 3) for answer in patient)
     assert slow.metric("exec_count") == begun + 3
+    wait_for(lambda: metric_of_expired_requests(slow) == expired + 1)
+
+
+def metric_of_expired_requests(server: Server) -> int:
+    """Return the value of the metric that docs/production.md names."""
+    name, label = re.search(r"`(\w+)\{(reason=\"REJECTED\")\}`", (ROOT / "docs" / "production.md").read_text()).groups()
+    return int(re.search(rf"^{name}\{{.*{label}.*\}} (\d+)", get(server.metrics_port, "/metrics"), re.MULTILINE)[1])
 
 
 def connect(server: Server, share: float) -> socket.socket:

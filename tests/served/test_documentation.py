@@ -50,7 +50,7 @@ def run(command: str, folder: Path) -> str:
 def test_the_shortest_curl_command_gets_both_raw_outputs_behind_a_line_of_json(server, tmp_path):
     head = run(example("docs/protocol.md", "With all defaults:", server), tmp_path)
     length = int(re.search(r"(?i)inference-header-content-length: (\d+)", head)[1])
-    answer = (tmp_path / "answer.bin").read_bytes()
+    answer = (tmp_path / "response.bin").read_bytes()
     names = [output["name"] for output in json.loads(answer[:length])["outputs"]]
     assert set(names) == {"original", "segmented"}
     outputs = dict(zip(names, np.frombuffer(answer[length:], np.uint8).reshape(2, 512, 512, 3), strict=True))
@@ -81,10 +81,22 @@ def test_another_grpc_client_needs_the_documented_option_for_large_responses(ser
     assert sum(map(len, response.raw_output_contents)) == 2 * 3 * 900 * 900
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_the_links_of_the_documentation_lead_somewhere():
+    links = 0
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")):
-        for path in re.findall(r"\]\(([^)#:]+)[)#]", page.read_text()):
-            assert (page.parent / path).exists(), f"{path} in {page.name}"
+        for path, _, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#([^)]+))?\)", page.read_text()):
+            target = page.parent / path if path else page
+            assert target.exists(), f"{path} in {page.name}"
+            assert not anchor or anchor in anchors(target), f"{path}#{anchor} in {page.name}"
+            links += 1
+    assert links > 50
 
 
 def test_the_log_lines_that_the_documentation_quotes_exist():
