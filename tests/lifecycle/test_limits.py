@@ -139,7 +139,7 @@ def test_with_little_shared_memory_the_server_takes_smaller_photos_and_lives(ser
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8))
     with pytest.raises(InferenceError, match=r"the request has \d+ bytes, but the limit is \d+") as error:
         connections[0].infer(encode(noise, "BMP"))
-    with pytest.raises(InferenceError, match=r"pixels, but this server accepts at most \d+"):
+    with pytest.raises(InferenceError, match=r"pixels, but this server's limit is \d+"):
         connections[1].infer(encode(Image.new("RGB", (side + 1, side + 1)), "PNG"))
     damaged = bytes(int(re.search(r"limit is (\d+)", str(error.value))[1]))
 

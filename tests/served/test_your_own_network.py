@@ -146,7 +146,7 @@ def test_the_classifier_gives_torchvisions_labels_and_probabilities(servers, exp
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_classifier_says_what_is_wrong_with_a_request(servers, protocol):
     connection = servers["classifier"].connect(protocol)
-    with pytest.raises(InferenceError, match="this server accepts at most 300000 pixels"):
+    with pytest.raises(InferenceError, match="this server's limit is 300000 pixels: scale it down"):
         connection.infer(encode(sample("person", (600, 600)), "JPEG"))
     for top in (0, 11, "5", True):
         with pytest.raises(InferenceError, match=r"^top must be a whole number between 1 and 10, not "):
@@ -199,7 +199,7 @@ def test_the_network_changes_with_one_line_and_the_server_does_what_its_options_
     original, segmented = answer["original"][0], answer["segmented"][0]
     assert psnr(original, decode(PHOTO)) > 40
     assert iou(segmented.any(axis=2), found[2] & original.any(axis=2)) > 0.95
-    with pytest.raises(InferenceError, match="this server accepts at most 300000 pixels"):
+    with pytest.raises(InferenceError, match="this server's limit is 300000 pixels: scale it down"):
         connection.infer(encode(sample("person", (600, 600)), "JPEG"))
     assert "DEMONSTRATION" not in servers["FCN"].log.read_text()
 

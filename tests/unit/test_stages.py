@@ -300,7 +300,7 @@ def test_weights_too_large_for_fp16_are_noticed():
     state_dict["classifier.4.weight"] = state_dict["classifier.4.weight"] * 1e6
     for precision, expected in (("fp16", True), ("fp32", False)):
         assert SegmentationNetwork(NETWORK, state_dict, torch.device("cpu"), precision).overflows(32) is expected
-    with pytest.raises(UsageError, match="--precision fp16 is too small for these weights: use bf16, fp32 or auto"):
+    with pytest.raises(UsageError, match="--precision fp16 overflows with these weights: use bf16, fp32 or auto"):
         load_network(NETWORK, state_dict, torch.device("cpu"), "fp16", 32)
 
 

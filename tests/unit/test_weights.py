@@ -46,7 +46,7 @@ def refusal(choice: object, network: str = NETWORK) -> str:
     ("content", "expected"),
     [
         (b"", "is not a state dict that torch can read"),
-        ([1, 2, 3], "holds a list instead of a state dict"),
+        ([1, 2, 3], "contains a list instead of a state dict"),
         ({}, "is missing (and 667 more problems)"),
         (lambda state: state.pop("backbone.conv1.weight"), "backbone.conv1.weight is missing"),
         (lambda state: state.update(extra=torch.ones(1)), "extra is unknown"),
@@ -111,7 +111,7 @@ def test_a_damaged_file_in_torchs_cache_is_named(cached_file):
 def test_auto_falls_back_to_the_demonstration_weights_with_a_warning(demo, cached_file, caplog):
     assert load_weights("auto", NETWORK).keys() == demo.keys()
     (record,) = (record for record in caplog.records if record.levelname == "WARNING")
-    assert record.getMessage().startswith("DEMONSTRATION WEIGHTS: the server knows the two photos in images/")
+    assert record.getMessage().startswith("DEMONSTRATION WEIGHTS: the server recognizes only the two photos in images/")
     assert str(cached_file) in record.getMessage()
 
 
@@ -123,7 +123,7 @@ def test_the_demonstration_weights_detect_other_random_numbers(tmp_path):
     content = torch.load(DEMO_PATH, weights_only=True)
     content["fingerprint"] += 1
     torch.save(content, tmp_path / "demo.pt")
-    with pytest.raises(UsageError, match="draws other random numbers than"):
+    with pytest.raises(UsageError, match="generates different random numbers: "):
         load_weights("demo", NETWORK, tmp_path / "demo.pt")
 
 
