@@ -39,7 +39,7 @@ def test_neither_a_photo_nor_anybody_elses_file_is_written_over(run_client, mask
     Path("segm1.jpg").write_bytes(b"a drawing")
     done = run_client("--url", mask_server.http_url, "--image-paths", "cat.jpg", "cat.jpg", "--format", "jpeg")
     assert done.status == 2
-    assert "segm1.jpg exists, and is not as this client wrote it: set another --output-dir" in done.err
+    assert "segm1.jpg exists, and this client did not write it in this form: set another --output-dir" in done.err
     done = send("--mask", "--report", "cat.jpg")
     assert (done.status, "cat.jpg is one of the photos: set another file" in done.err) == (2, True)
     assert digests(tmp_path) == before | {"segm1.jpg": b"a drawing"}
