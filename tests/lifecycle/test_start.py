@@ -199,7 +199,7 @@ def test_a_pytriton_that_lacks_something_is_one_line(code, missing, tmp_path):
     done = run_python(script, "--http-port", free_ports(1)[0])
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("patched_toy.py: PyTriton 0.7.0 lacks what this server uses (")
+    assert line.startswith("patched_toy.py: PyTriton 0.7.0 does not fit this server (")
     assert missing in line
     assert line.endswith("): install requirements.txt")
 
@@ -329,7 +329,7 @@ def test_each_device_has_a_worker_and_all_of_them_answer(servers):
     [
         ("/proc/nowhere", "PyTriton cannot create its workspace: "),
         (f"/tmp/{'x' * 90}", f"the path of PyTriton's folder, /tmp/{'x' * 90}, is too long for the sockets in it: "),
-        *((f"/tmp/{name}", "has characters that Triton cannot take: ") for name in ("a b", "a&b", "a'b", "jürgen")),
+        *((f"/tmp/{name}", "characters that Triton does not support: ") for name in ("a b", "a&b", "a'b", "jürgen")),
     ],
 )
 def test_a_workspace_that_cannot_be_created_is_one_line(home, expected, monkeypatch):
@@ -352,7 +352,7 @@ def with_mount(what: str) -> list[str]:
         (with_mount, "-o noexec tmpfs $PYTRITON_HOME", "is on a file system that is mounted noexec: set PYTRITON_HOME"),
         (with_mount, "-o ro tmpfs /dev/shm", "/dev/shm must be a writable tmpfs, but: Read-only file system"),
         (with_mount, "-o ro tmpfs /tmp", "Triton needs to create files in /tmp: mount a writable folder there"),
-        (in_shell, "ulimit -n 256", "the hard limit of open files is 256, but at least 1024 are needed: raise it"),
+        (in_shell, "ulimit -n 256", "the hard limit of open files is 256, but must be at least 1024: raise it"),
         (in_shell, "mkdir gone; cd gone; rmdir ../gone", "the working directory was deleted: start the server in"),
     ],
 )

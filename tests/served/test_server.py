@@ -37,7 +37,7 @@ def test_without_pretrained_weights_the_server_falls_back_loudly_to_the_demonstr
     assert "DEMONSTRATION WEIGHTS" in lines[ready - 1]
     assert pretrained_weights(NETWORK).url in lines[ready - 1]
     # While it starts, it says what it does; once it is ready, it says where.
-    for expected in ("device: ", "weights: demonstration weights", "precision: ", "requests per batch: "):
+    for expected in ("device: ", "weights: demonstration weights", "precision: ", "maximum batch size: "):
         assert any(expected in line for line in lines[: ready - 1])
     for url in (server.http_url, server.grpc_url, f"http://127.0.0.1:{server.metrics_port}/metrics"):
         assert url in lines[ready]

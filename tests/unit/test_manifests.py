@@ -21,7 +21,7 @@ from client import Connection, InferenceError
 from jobs import PARAMETERS
 from photo import max_photo_bytes
 from serving.memory import SHM_BYTES_PER_BYTE, SHM_BYTES_PER_INSTANCE
-from serving.options import MOST_DEFAULT_INSTANCES
+from serving.options import MAX_DEFAULT_INSTANCES
 from serving.triton import _configure
 from tools.launch import free_ports
 
@@ -32,7 +32,7 @@ PROXY_CONFIGURATION = (DEPLOY / "nginx.conf").read_text()
 MAX_PIXELS = server.parse_options([]).max_pixels
 MESSAGE_BYTES = sum(server.Segmentation.limits(server.parse_options([])))
 # What the defaults need on a GPU.
-SHM_BYTES = MOST_DEFAULT_INSTANCES * (SHM_BYTES_PER_INSTANCE + SHM_BYTES_PER_BYTE * MESSAGE_BYTES)
+SHM_BYTES = MAX_DEFAULT_INSTANCES * (SHM_BYTES_PER_INSTANCE + SHM_BYTES_PER_BYTE * MESSAGE_BYTES)
 
 
 def manifest(kind: str) -> dict:
