@@ -279,7 +279,7 @@ def changed(request: dict, place: str, value: object) -> dict:
 
 
 SIZE = len(PHOTO)
-IMAGE, BINARY = "the input must be image, UINT8, \\[1, N\\]", "ask for binary data"
+IMAGE, BINARY = "the input must be image, UINT8, \\[1, N\\]", "request binary data"
 
 
 @NEEDS_NGINX
@@ -350,9 +350,9 @@ IMAGE, BINARY = "the input must be image, UINT8, \\[1, N\\]", "ask for binary da
         ("parameters.timeout", 0.5, "timeout must be a whole number"),
         ("parameters.timeout", 2**63, "timeout must be a whole number"),
         ("parameters.timeout", "1", "timeout must be a whole number"),
-        ("id", "x" * 129, "id may have"),
-        ("id", "secret\n", "id may have"),
-        ("id", 7, "id may have"),
+        ("id", "x" * 129, "id must have"),
+        ("id", "secret\n", "id must have"),
+        ("id", 7, "id must have"),
         ("secret", 1, "the request may have id, inputs, outputs, parameters, and nothing else"),
     ],
 )
@@ -450,7 +450,7 @@ def test_everything_that_tritons_client_says_about_a_photo_passes(proxy, protoco
 
 @NEEDS_NGINX
 def test_a_body_that_is_empty_is_refused(proxy):
-    sentence = "the photo is missing: its bytes follow what describes the request"
+    sentence = "the photo is missing: send its bytes after the description of the request"
     assert refusal(proxy.http_port, "POST", INFER, RAW, "Content-Length: 0") == (400, sentence)
     assert infer_refusal(proxy.http_port, json.dumps(described(b"")).encode()) == (400, sentence)
     assert grpc_refusal(proxy.grpc_port, b"")[0] is grpc.StatusCode.INVALID_ARGUMENT
@@ -466,7 +466,7 @@ def message_with(**fields: object) -> bytes:
 
 
 Request, Parameter = service_pb2.ModelInferRequest, service_pb2.InferParameter
-TWICE, IN_FRONT = "the message has a field twice", "too long in front of the photo"
+TWICE, IN_FRONT = "the message has a field twice", "too long before the photo"
 ENTRY = b'"\x09\n\x03add\x12\x02\x10\x01'
 MESSAGE = infer_message(PHOTO).SerializeToString()
 
@@ -482,8 +482,8 @@ MESSAGE = infer_message(PHOTO).SerializeToString()
         (MESSAGE + b"\x3a\0" * 5_000_000, "raw_input_contents must be one photo"),
         (b"\x22\0" * 5_000_000, IN_FRONT),
         (b"\x0a\0" * 5_000_000, TWICE),
-        (b"\x08\0" * 5_000_000, "not known here"),
-        (b"\x0b\x0c" * 5_000_000, "not known here"),
+        (b"\x08\0" * 5_000_000, "unknown field"),
+        (b"\x0b\x0c" * 5_000_000, "unknown field"),
         (message_with(parameters={str(n): Parameter(bool_param=True) for n in range(1_000_000)}), "unknown parameter"),
         (message_with(parameters={"add": Parameter(int64_param=1)}).replace(ENTRY, 2 * ENTRY), "add is named twice"),
         # The input
@@ -519,12 +519,12 @@ MESSAGE = infer_message(PHOTO).SerializeToString()
         (message_with(parameters={"timeout": Parameter(int64_param=2**62)}), "timeout must be a whole number"),
         # The rest
         (message_with(model_name="secret"), "the model must be Toy"),
-        (message_with(model_version="1"), "not known here"),
-        (message_with(id="x" * 129), "id may have"),
-        (message_with(id="secret\n"), "id may have"),
+        (message_with(model_version="1"), "unknown field"),
+        (message_with(id="x" * 129), "id must have"),
+        (message_with(id="secret\n"), "id must have"),
         (MESSAGE + MESSAGE, "raw_input_contents must be one photo"),
-        (bytes(10_000_000), "not known here"),
-        (b"\xff" * 10_000_000, "not known here|malformed"),
+        (bytes(10_000_000), "unknown field"),
+        (b"\xff" * 10_000_000, "unknown field|malformed"),
         (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", "malformed"),
     ],
 )

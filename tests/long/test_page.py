@@ -94,7 +94,7 @@ def message(page: Page):
 
 def wait_for_cut_out(page: Page) -> None:
     """Return when the page shows the cut-out of what is set."""
-    expect(message(page)).to_have_text(re.compile("kept|Nothing is found"), timeout=20_000)
+    expect(message(page)).to_have_text(re.compile("kept|Nothing found"), timeout=20_000)
 
 
 def percent_kept(page: Page) -> int:
@@ -213,7 +213,7 @@ def test_moving_the_threshold_asks_again_once_it_rests(open_page, proxy, server)
     assert 1 <= len(requests) <= 5
     assert_cut_out(download(page)[1], server, PERSON, threshold=0.95)
     set_threshold(page, 1)
-    expect(message(page)).to_have_text("Nothing is found: lower the threshold, or choose other classes.")
+    expect(message(page)).to_have_text("Nothing found: lower the threshold, or choose other classes.")
 
 
 def test_chosen_classes_add_up(open_page, proxy, server):
@@ -223,7 +223,7 @@ def test_chosen_classes_add_up(open_page, proxy, server):
     expect(chip["anything"]).to_be_checked()
     chip["person"].press("Space")
     expect(chip["anything"]).not_to_be_checked()
-    expect(message(page)).to_have_text(re.compile("Nothing is found"))
+    expect(message(page)).to_have_text(re.compile("Nothing found"))
     chip["cat"].press("Space")
     assert percent_kept(page) > 20
     set_threshold(page, 0.3)
@@ -307,7 +307,7 @@ def test_files_that_cannot_be_sent_are_explained_before_they_are(open_page, prox
     with large.open("wb") as file:
         file.truncate(51_048_577)
     page.set_input_files("#files", large)
-    expect(message(page)).to_have_text(re.compile(r"large.bmp: it has 52 MB, and the server takes up to 51 MB: .*\."))
+    expect(message(page)).to_have_text(re.compile(r"large.bmp: it has 52 MB, but the server's limit is 51 MB: .*\."))
     drop(page, ("empty.jpg", b""))
     expect(message(page)).to_have_text("empty.jpg: it is empty.")
     assert requests == []
@@ -387,7 +387,7 @@ def test_while_the_server_is_busy_the_page_says_so_and_tries_again_by_itself(ope
             assert rejected.wait(30)
             page.set_input_files("#files", PERSON)
             expect(message(page)).to_have_text(
-                "orig.jpg: the server is busy. The page tries again by itself.", timeout=30_000
+                "orig.jpg: the server is busy. The page retries automatically.", timeout=30_000
             )
         finally:
             stopped.set()
@@ -402,7 +402,7 @@ def test_without_a_server_the_page_tries_for_a_minute_and_then_leaves_it_to_the_
         page.set_input_files("#files", PERSON)
         text = "orig.jpg: no server can be reached: send the photo again later."
         page.clock.run_for(1)
-        expect(message(page)).to_have_text(f"{text} The page tries again by itself.")
+        expect(message(page)).to_have_text(f"{text} The page retries automatically.")
 
         def has_given_up() -> bool:
             page.clock.run_for(4000)
@@ -427,7 +427,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(open_page, server):
         page = open_page(proxy, f"/?key={KEY}&Authorization=Bearer%20{KEY}#{KEY}")  # which means nothing
         page.set_input_files("#files", PERSON)
         dialog = page.get_by_role("dialog", name="API key")
-        expect(dialog).to_contain_text("This server asks for an API key.")
+        expect(dialog).to_contain_text("This server requires an API key.")
         page.keyboard.press("Escape")
         expect(message(page)).to_have_text("orig.jpg: the server needs an API key.")
         page.get_by_role("button", name="Try again").click()
@@ -436,7 +436,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(open_page, server):
             key.fill(mistyped)
             page.keyboard.press("Enter")
             assert key.evaluate("element => element.validationMessage")
-            expect(dialog).to_contain_text("This server asks for an API key.")
+            expect(dialog).to_contain_text("This server requires an API key.")
         key.fill("0" * 64)
         page.keyboard.press("Enter")
         expect(dialog).to_contain_text("The server does not accept this key.")
@@ -454,7 +454,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(open_page, server):
         assert json.loads(stored) == [{}, {}, "", [], [], None]
         page.reload()
         page.set_input_files("#files", PERSON)
-        expect(dialog).to_contain_text("This server asks for an API key.")
+        expect(dialog).to_contain_text("This server requires an API key.")
 
 
 def test_the_keyboard_is_enough_and_the_focus_is_visible(open_page, proxy):
