@@ -93,9 +93,9 @@ def measure_servers(cases: Sequence[Case], device: str, options: argparse.Namesp
             responses = measure(pool, servers[case.server], case, max_in_flight, WARM_UP_S).responses
             if errors := {response.error for response in responses} - {""}:
                 progress(f"{case.name}: {errors.pop()}")
-        for number in range(options.rounds):
+        for round_index in range(options.rounds):
             for (case, in_flight), rounds in zip(tasks, measurements, strict=True):
-                progress(f"round {number + 1} of {options.rounds}: {case.name}, {in_flight} in flight")
+                progress(f"round {round_index + 1} of {options.rounds}: {case.name}, {in_flight} in flight")
                 rounds.append(measure(pool, servers[case.server], case, in_flight, options.seconds))
     return [make_row(case, in_flight, rounds) for (case, in_flight), rounds in zip(tasks, measurements, strict=True)]
 

@@ -189,7 +189,7 @@ class JpegReader:
         if count not in (1, 3, 4) or len(body) != 6 + 3 * count:
             raise damaged("its color components")
         for number, factors, quantization in struct.iter_unpack("BBB", body[6:]):
-            horizontal, vertical = divmod(factors, 16) if count > 1 else (1, 1)  # alone, it has no factors
+            horizontal, vertical = divmod(factors, 16) if count > 1 else (1, 1)  # alone: meaningless
             if number in self.components or not {horizontal, vertical} <= {1, 2, 3, 4} or quantization > 3:
                 raise damaged("its color components")
             self.components[number] = Component(horizontal, vertical, quantization)

@@ -23,7 +23,7 @@ class RequestError(Exception):
     __traceback__ = property(lambda _self: None, lambda _self, _traceback: None)  # contextlib assigns to it
 
     def __reduce__(self):  # pickle looks up a class in its module, which is not the real one
-        known = next(kind for kind in type(self).__mro__ if kind.__name__ in globals())  # of a subclass, its base here
+        known = next(kind for kind in type(self).__mro__ if kind.__name__ in globals())  # or its base
         return _restore, (known.__name__, str(self))
 
 

@@ -52,7 +52,7 @@ def expected_pixels(photo: Sample) -> list[np.ndarray]:
     try:
         image = Image.open(io.BytesIO(photo.data), formats=("JPEG", "PNG", "WEBP", "BMP"))
         image.load()
-    except Exception:  # Pillow raises whatever the damage makes it stumble over
+    except Exception:  # Pillow can raise anything on a damaged file
         return []
     image = Image.fromarray(np.asarray(as_rgb(image)))  # without metadata
     expected = []
@@ -107,7 +107,7 @@ def send_hostile_photos(server: Server, numbers: Iterable[int]) -> list[str]:
             elif "encoded" in response and not file_fits(response, what):
                 outcomes.append(f"NOT THE FILE, {number}: {what}")
             else:
-                outcomes.append(f"{photo.format} answered: {what}")
+                outcomes.append(f"{photo.format} processed: {what}")
         if number % 2:
             canaries.send(connection, *size, dice.choice(("JPEG", "PNG")))
     return outcomes

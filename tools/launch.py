@@ -24,7 +24,7 @@ _reservations: list[socket.socket] = []
 
 
 def free_ports(count: int = 3) -> list[int]:
-    """Return free ports on loopback, and reserve them until this process ends."""
+    """Return free ports on loopback, and reserve them from other callers until this process ends."""
     ports: list[int] = []
     while len(ports) < count:
         # Below the system's range for outgoing connections, so that they stay free.

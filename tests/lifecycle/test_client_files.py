@@ -65,7 +65,7 @@ def test_a_second_run_replaces_its_files_and_does_not_take_them_for_photos(run_c
         assert "skipping 4 files: 4 written by this client\n" in done.err
         assert "client.py: 2 of 2 photos, 0 failed, " in done.err
         assert digests(tmp_path) == written
-    # Whoever names such a file, and writes elsewhere, gets what they ask for.
+    # A file that is named, and not in the output folder, is sent.
     assert send("segm1.jpg", "--output-dir", "out").status == 0
     assert Image.open(tmp_path / "out" / "orig0.jpg").size == (90, 60)
 
@@ -203,8 +203,8 @@ def test_a_name_may_contain_anything_and_have_any_ending_if_it_is_given(mask_ser
 @pytest.mark.parametrize(
     ("command", "statuses", "said", "written"),
     [
-        ("{client} --mask | head -0", "0 0", "", 3),  # files are written, whoever reads
-        ("{client} | head -0", "141 0", "", 0),  # nobody gets to know anything
+        ("{client} --mask | head -0", "0 0", "", 3),  # files are written even without a reader
+        ("{client} | head -0", "141 0", "", 0),  # the report has no reader
         ("{client} --mask > /dev/full", "1", "client.py: cannot write to stdout (No space left on device)", 3),
         ("{client} --mask >&-", "0", "", 3),
         ("ulimit -f 8; {client} --mask --dump-images", "1", "orig0.jpg (File too large)", 3),

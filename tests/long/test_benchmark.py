@@ -37,7 +37,7 @@ def test_a_server_that_does_not_start_ends_the_benchmark_with_a_sentence():
     assert done.stderr.splitlines()[-1] == "benchmark: server: the server ended with status 2; its log says why"
 
 
-def test_an_unknown_row_is_answered_with_the_names_of_the_rows():
+def test_an_unknown_row_is_rejected_with_the_names_of_the_rows():
     done = run_python("-m", "benchmark", "--rows", "nonsense")
     assert done.returncode == 2
     assert "invalid choice: 'nonsense'" in done.stderr

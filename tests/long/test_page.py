@@ -120,7 +120,7 @@ def download(page: Page) -> tuple[str, bytes]:
 
 
 def assert_cut_out(png: bytes, server: Server, photo: Path, classes: str = ",".join(ANYTHING), threshold=0.6) -> None:
-    """The file is what the server answers to a client that asks for the same."""
+    """The file is the server's response to a client with the same request."""
     parameters = {"class_name": classes, "threshold": threshold, "format": "png"}
     expected = server.connect("http").infer(photo.read_bytes(), ("encoded",), parameters)["encoded"].tobytes()
     (pixels, alpha, kind), (expected_pixels, expected_alpha, _) = map(decode_cut_out, (png, expected))

@@ -50,10 +50,10 @@ def run(command: str, folder: Path) -> str:
 def test_the_shortest_curl_command_gets_both_raw_outputs_behind_a_line_of_json(server, tmp_path):
     head = run(example("docs/protocol.md", "With all defaults:", server), tmp_path)
     length = int(re.search(r"(?i)inference-header-content-length: (\d+)", head)[1])
-    answer = (tmp_path / "answer.bin").read_bytes()
-    names = [output["name"] for output in json.loads(answer[:length])["outputs"]]
+    response = (tmp_path / "answer.bin").read_bytes()
+    names = [output["name"] for output in json.loads(response[:length])["outputs"]]
     assert set(names) == {"original", "segmented"}
-    outputs = dict(zip(names, np.frombuffer(answer[length:], np.uint8).reshape(2, 512, 512, 3), strict=True))
+    outputs = dict(zip(names, np.frombuffer(response[length:], np.uint8).reshape(2, 512, 512, 3), strict=True))
     assert 0.3 < outputs["segmented"].any(axis=2).mean() < 0.6
     assert psnr(outputs["original"], decode(PHOTO)) > 40
 

@@ -219,7 +219,7 @@ def test_what_is_deployed_asks_for_a_key_that_one_command_adds(deployment, tmp_p
     http_port, grpc_port, _ = free_ports()
     nobody = SimpleNamespace(http_port=http_port, grpc_port=grpc_port, model_name=MODEL_NAME)
 
-    def answers(proxy: Proxy, api_key: str) -> set[str]:
+    def responses(proxy: Proxy, api_key: str) -> set[str]:
         said = set()
         for protocol in PROTOCOLS:
             connection = Connection(proxy.url(protocol), api_key=api_key)
@@ -228,12 +228,12 @@ def test_what_is_deployed_asks_for_a_key_that_one_command_adds(deployment, tmp_p
             said.add(str(error.value))
         return said
 
-    refused, let_in = "send a valid API key", "no server can be reached"
-    for added, expected in ((files["api_keys.conf"], refused), (keys, let_in)):
+    rejected, let_in = "send a valid API key", "no server can be reached"
+    for added, expected in ((files["api_keys.conf"], rejected), (keys, let_in)):
         with Proxy([nobody], api_keys="", files=files | {"api_keys.conf": added}) as proxy:
             for api_key in ("", KEY):
-                assert all(refused in said for said in answers(proxy, api_key))
-            assert all(expected in said for said in answers(proxy, key))
+                assert all(rejected in said for said in responses(proxy, api_key))
+            assert all(expected in said for said in responses(proxy, key))
 
 
 def test_compose_limits_swap_to_none():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command lines: each mistake is one line that names the option and what is valid, with status 2."""
+"""The command lines: each error is one line that names the option and the valid values, with status 2."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from serving.options import DEVICE_DEFAULTS, device_default
 from serving.triton import _configure, _secure
 
 
-def mistake(parse_options, arguments: list[str], capsys) -> str:
-    """Return the line that a mistake on the command line prints."""
+def error_line(parse_options, arguments: list[str], capsys) -> str:
+    """Return the error that a command line prints."""
     with pytest.raises(SystemExit) as end:
         parse_options(arguments)
     assert end.value.code == 2
@@ -52,13 +52,13 @@ def mistake(parse_options, arguments: list[str], capsys) -> str:
     ],
 )
 def test_a_bad_value_names_the_option_and_the_valid_range(option, value, expected, capsys):
-    line = mistake(server.parse_options, [f"{option}={value}"], capsys)
+    line = error_line(server.parse_options, [f"{option}={value}"], capsys)
     assert f"error: argument {option}: {expected}" in line
 
 
 @pytest.mark.parametrize("parse_options", [server.parse_options, client.parse_options])
 def test_an_unknown_option_is_named(parse_options, capsys):
-    assert "error: unrecognized arguments: --nonsense" in mistake(parse_options, ["--nonsense"], capsys)
+    assert "error: unrecognized arguments: --nonsense" in error_line(parse_options, ["--nonsense"], capsys)
 
 
 @pytest.mark.parametrize("parse_options", [server.parse_options, client.parse_options])
@@ -85,8 +85,8 @@ def test_help_shows_each_option_with_its_default(parse_options, capsys):
         (["--skip-existing"], "argument --skip-existing: requires --dump-images, --mask or a --format other than raw"),
     ],
 )
-def test_a_mistake_in_the_clients_options_is_one_line(arguments, expected, capsys):
-    assert expected in mistake(client.parse_options, arguments, capsys)
+def test_an_error_in_the_clients_options_is_one_line(arguments, expected, capsys):
+    assert expected in error_line(client.parse_options, arguments, capsys)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_what_the_client_cannot_send_is_one_line(arguments, expected):
 
 
 @pytest.mark.parametrize("token", ["", "too short", "with:a-colon-and=more"])
-def test_a_bad_access_token_is_refused(token, monkeypatch):
+def test_a_bad_access_token_is_rejected(token, monkeypatch):
     monkeypatch.setenv("TRITON_ACCESS_TOKEN", token)
     with pytest.raises(UsageError, match="TRITON_ACCESS_TOKEN in the environment, must have at least 16 letters"):
         _secure(server.parse_options([]))
@@ -154,7 +154,7 @@ def test_vertex_ai_and_sagemaker_are_off_by_default():
     assert (config.allow_vertex_ai, config.allow_sagemaker) == (False, False)
 
 
-def test_a_class_that_the_network_does_not_know_is_refused_before_it_is_served():
+def test_a_class_that_the_network_does_not_know_is_rejected_before_it_is_served():
     options = server.parse_options(["--weights", "demo", "--max-batch-size", "1", "--class-name", "cat,unicorn"])
     with pytest.raises(UsageError, match=r"--class-name must be one of __background__, .*, not 'cat,unicorn'$"):
         server.Segmentation(options, "cpu")

@@ -46,7 +46,7 @@ def jpeg_with(blocks: list[bytes]) -> bytes:
 
 
 def png_with(blocks: list[bytes]) -> bytes:
-    """Return a PNG with one block in front of the pixels and the others behind them."""
+    """Return a PNG with one block before the pixels and the others after them."""
     parts = split(PNG, "PNG")
     chunks = [chunk(b"eXIf", block) for block in blocks]
     return b"".join([*parts[:2], chunks[0], *parts[2:-1], *chunks[1:], parts[-1]])
