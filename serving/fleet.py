@@ -116,7 +116,7 @@ class Fleet:
                 for number, channel in enumerate(channels)
             ]
             printed = Printed()
-            # A signal between a fork and the next line would leave an orphaned process.
+            # A signal between a fork and its entry in these lists would orphan the process.
             with self._lifecycle.signals_deferred():
                 process = Child("worker", run_worker, self._stages, options, name, channels, printed, shm_bytes)
                 device = _Device(name, instances, printed, process, [])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers, started as a user starts them, and what several tests need to talk to them."""
+"""Servers, started as a user starts them, and shared helpers to talk to them."""
 
 import argparse
 import contextlib
@@ -78,8 +78,8 @@ class Server(LaunchedServer):
             )
 
     def __exit__(self, *_: object) -> None:
-        """End what is still running, and remove what a killed server left."""
-        # Not as a user would, which takes 5 s. Python's resource trackers have time to remove what they track.
+        """Kill the remaining processes, and remove the leftovers of a killed server."""
+        # Not as a user would, which takes 5 s. Python's resource trackers have time to clean up.
         family = self.family()
         self.segments()
         for process in family:
@@ -150,8 +150,8 @@ class Server(LaunchedServer):
         return [process for process in self.family() if kind(process, main) == wanted]
 
     def left_behind(self) -> list[str]:
-        """Return what a stopped server left: processes, shared memory, files in its workspace."""
-        psutil.wait_procs(self.family(), timeout=2)  # Python's resource trackers end after what they track
+        """Return the leftovers of a stopped server: processes, shared memory, files in its workspace."""
+        psutil.wait_procs(self.family(), timeout=2)  # Python's resource trackers end last
         return [*map(str, self.family()), *map(str, self.segments()), *map(str, self.home.glob("workspace_*"))]
 
 
@@ -166,7 +166,7 @@ def processes_of(home: str | Path) -> list[psutil.Process]:
 
 
 def get(port: int, path: str) -> str:
-    """Return what ``http://127.0.0.1:port/path`` says, or raise."""
+    """Return the text at ``http://127.0.0.1:port/path``, or raise."""
     with DIRECT.open(f"http://127.0.0.1:{port}{path}") as response:
         return response.read().decode()
 
@@ -226,7 +226,7 @@ def connection(server: Server, request: pytest.FixtureRequest) -> Connection:
 
 
 class Done(NamedTuple):
-    """How a run of the client ended, and what it printed."""
+    """The exit status and the output of a run of the client."""
 
     status: int
     out: str
@@ -354,7 +354,7 @@ def infer_until_rejected(connection: Connection, photo: bytes = PHOTO, **paramet
 
 
 def http_request(photo: bytes, model_name: str = MODEL_NAME) -> bytes:
-    """Return what goes over the wire for a photo, in the simplest form that Triton accepts."""
+    """Return the simplest request for a photo that Triton accepts, as it goes over the wire."""
     head = (
         f"POST /v2/models/{model_name}/infer HTTP/1.1\r\nHost: test\r\nContent-Length: {len(photo)}\r\n"
         "Inference-Header-Content-Length: 0\r\n\r\n"
@@ -394,7 +394,7 @@ class RunningStages:
 
 
 def complete(memory: np.ndarray, response: StoredResponse | Exception) -> dict[str, np.ndarray] | Exception:
-    """Return what a client gets, from the memory of the response."""
+    """Return the arrays that a client gets, from the memory of the response."""
     return response if isinstance(response, Exception) else unpack(memory, response.complete())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proxy as it is shipped, in front of the servers of a test, and what it takes to attack it, all on loopback."""
+"""The proxy as it is shipped, in front of the servers of a test, and the tools to attack it, all on loopback."""
 
 import contextlib
 import http.client
@@ -44,7 +44,7 @@ TOY = {
 
 
 def adapt(configuration: str, replacements: Mapping[str, str]) -> str:
-    """Return a configuration with what is different here. Each of the replacements has to be necessary."""
+    """Return a configuration with replacements for the test. Each of them has to be necessary."""
     for there, here in replacements.items():
         assert there in configuration, there
         configuration = configuration.replace(there, here)
@@ -52,7 +52,7 @@ def adapt(configuration: str, replacements: Mapping[str, str]) -> str:
 
 
 def image_files() -> dict[str, Path]:
-    """Return what proxy.Dockerfile copies to /etc/proxy, by its path there."""
+    """Return the files that proxy.Dockerfile copies to /etc/proxy, by their paths there."""
     copied = re.findall(r"^COPY (.*) /etc/proxy/(.*)$", (ROOT / "deploy/proxy.Dockerfile").read_text(), re.MULTILINE)
     files = {}
     for names, folder in copied:
@@ -190,7 +190,7 @@ def send(connection: socket.socket, data: bytes) -> None:
 
 
 def receive(connection: socket.socket) -> bytes:
-    """Return what the other side says until it closes the connection, or nothing for as long as the timeout."""
+    """Return the data that arrives until the other side closes the connection, or until the timeout."""
     received = b""
     with contextlib.suppress(OSError):
         while part := connection.recv(1 << 16):
@@ -255,14 +255,14 @@ def grpc_rejection(port: int, message: bytes) -> tuple[grpc.StatusCode, str]:
 
 
 def described(photo: bytes) -> dict:
-    """Return what Triton's client says over HTTP about a photo for the toy."""
+    """Return the JSON of Triton's client over HTTP for a photo to the toy."""
     size = len(photo)
     image = {"name": "image", "datatype": "UINT8", "shape": [1, size], "parameters": {"binary_data_size": size}}
     return {"inputs": [image], "parameters": {"binary_data_output": True}}
 
 
 def infer_message(photo: bytes) -> service_pb2.ModelInferRequest:
-    """Return what Triton's client says over gRPC to send a photo to the toy."""
+    """Return the message of Triton's client over gRPC for a photo to the toy."""
     request = service_pb2.ModelInferRequest(model_name="Toy", raw_input_contents=[photo])
     request.inputs.add(name="image", datatype="UINT8", shape=[1, len(photo)])
     return request

@@ -46,7 +46,7 @@ def test_neither_a_photo_nor_anybody_elses_file_is_written_over(run_client, mask
     done = send("--format", "jpeg", "--overwrite")
     assert done.status == 0, done.err
     assert Image.open("segm1.jpg").size == Image.open("cat.jpg").size
-    # What somebody has edited is not the client's file any more.
+    # An edited file no longer counts as the client's.
     Path("segm0.jpg").write_bytes(b"edited")
     assert send("--format", "jpeg").status == 2
     assert Path("segm0.jpg").read_bytes() == b"edited"
@@ -59,7 +59,7 @@ def test_a_second_run_replaces_its_files_and_does_not_take_them_for_photos(run_c
     assert send("*.jpg").status == 0
     written = digests(tmp_path)
     assert set(written) == {"a.jpg", "b.jpg", "orig0.jpg", "orig1.jpg", "segm0.jpg", "segm1.jpg"}
-    for arguments in (["*.jpg"], ["."], sorted(written)):  # the last is what a shell makes of *.jpg
+    for arguments in (["*.jpg"], ["."], sorted(written)):  # the last is how a shell expands *.jpg
         done = send(*arguments)
         assert done.status == 0, done.err
         assert "skipping 4 files: 4 written by this client\n" in done.err
@@ -163,7 +163,7 @@ def test_the_report_has_a_line_of_json_for_each_photo(run_client, mask_server, t
     assert run_client(*arguments, "--report", "report.jsonl", "--output-dir", "out").status == 1
 
 
-def test_what_cannot_be_read_in_a_folder_does_not_keep_the_others_from_being_sent(run_client, mask_server, tmp_path):
+def test_an_unreadable_file_in_a_folder_does_not_keep_the_others_from_being_sent(run_client, mask_server, tmp_path):
     folder = tmp_path / "folder"
     (folder / "folder.jpg").mkdir(parents=True)
     (folder / "dangling.jpg").symlink_to("nowhere")
@@ -210,9 +210,7 @@ def test_a_name_may_contain_anything_and_have_any_ending_if_it_is_given(mask_ser
         ("ulimit -f 8; {client} --mask --dump-images", "1", "orig0.jpg (File too large)", 3),
     ],
 )
-def test_what_cannot_be_printed_or_written_is_said_and_costs_nothing_else(
-    mask_server, tmp_path, command, statuses, said, written
-):
+def test_a_write_error_is_reported_and_costs_nothing_else(mask_server, tmp_path, command, statuses, said, written):
     run = [sys.executable, ROOT / "client.py", "--url", mask_server.http_url, "--image-paths", *[CAT] * 3]
     script = command.format(client='"$@" --concurrency 1') + "; echo ${PIPESTATUS[@]} >&2"
     done = subprocess.run(["bash", "-c", script, "-", *run], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What breaks around the server: it goes on, or it exits with status 1 so that a supervisor restarts it."""
+"""Faults around the server: it continues, or exits with status 1 so that a supervisor restarts it."""
 
 import contextlib
 import hashlib
@@ -67,7 +67,7 @@ def test_nothing_that_a_client_sends_can_start_a_line_of_the_log_or_move_the_cur
     assert not [line for line in text.split("\n") if line.startswith(("forged", "2026-11-26 20:00:00,000"))]
 
 
-def test_what_a_library_prints_is_one_line_with_the_request(toy):
+def test_the_output_of_a_library_is_one_line_with_the_request(toy):
     before = len(toy.log.read_text())
     toy.connect("http").infer(PHOTO, parameters={"print": 5_000 * "many lines\n"})
     (line,) = toy.log.read_text()[before:].splitlines()
@@ -254,7 +254,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
         broken["killed Triton, lost signal"].server.process.terminate()
         broken["killed Triton, lost signal"].kill("tritonserver")
         yield broken
-        # What a test that failed or did not run left would keep the clients busy.
+        # Leftovers of a test that failed or did not run would keep the clients busy.
         for server in servers.values():
             with contextlib.suppress(ProcessLookupError):
                 server.process.kill()
@@ -271,7 +271,7 @@ def test_a_killed_worker_ends_the_server(broken):
 
 def test_a_worker_that_exits_in_the_middle_of_a_request_ends_the_server(broken):
     log = broken["exiting worker"].assert_it_ends("stopping: a worker exited")
-    # So that an operator can find or block what ends a worker.
+    # So that an operator can find or block photos that end a worker.
     assert f"ERROR server: a worker ended while it processed {DESCRIPTION}\n" in log
     assert 'ERROR server: before a worker ended, a library printed "last words"' in log
     assert broken["exiting worker"].clients[0].result() == (

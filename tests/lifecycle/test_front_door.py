@@ -289,7 +289,7 @@ IMAGE, BINARY = "the input must be image, UINT8, \\[1, N\\]", "request binary da
 @pytest.mark.parametrize(
     ("place", "value", "sentence"),
     [
-        # Triton would allocate what the shape says.
+        # Triton would allocate the whole shape.
         ("inputs.0.shape", [1, 40_000_000_000], IMAGE),
         ("inputs.0.shape", [1, 2**64 + SIZE], IMAGE),
         ("inputs.0.shape", [2**32, 2**32], IMAGE),
@@ -478,7 +478,7 @@ MESSAGE = infer_message(PHOTO).SerializeToString()
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [
-        # Fields that cost tritonserver many times what they have on the wire
+        # Fields that cost tritonserver many times their size on the wire
         (b"\x2a\0" * 5_000_000, TWICE),
         (b"\x32\0" * 5_000_000, "unknown output"),
         (b"\x3a\0" * 5_000_000, "the photo is missing"),

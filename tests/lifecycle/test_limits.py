@@ -33,7 +33,7 @@ from client import Connection, InferenceError
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Server]]:
-    """Servers by what they are for. They start in parallel, which is faster."""
+    """Servers by their purpose. They start in parallel, which is faster."""
     folder = tmp_path_factory.mktemp("limits")
     servers = {
         # Processes one request at a time, with a queue of eight.
@@ -159,7 +159,7 @@ def test_with_little_shared_memory_the_server_takes_smaller_photos_and_lives(ser
 
 
 def infer_with_text(server: Server, photo: bytes, text: bytes) -> str:
-    """Send a photo over HTTP with a parameter that has any bytes, and return what the server says."""
+    """Send a photo over HTTP with a parameter that has any bytes, and return the server's error."""
     size = {"binary_data_size": len(photo)}
     request = {
         "parameters": {"note": "TEXT"},
@@ -172,7 +172,7 @@ def infer_with_text(server: Server, photo: bytes, text: bytes) -> str:
         return connection.getresponse().read().decode()
 
 
-def test_what_cannot_be_passed_on_to_the_server_is_rejected_and_leaves_nothing_behind(servers):
+def test_requests_that_cannot_be_passed_on_are_rejected_and_leave_nothing_behind(servers):
     server = servers["little shared memory"]
     connection = server.connect("grpc")
     for _ in range(20):  # the requests alone have 100 MB, of 64

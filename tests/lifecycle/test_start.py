@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the server starts: what stops it, what it falls back to, and what a signal in between does."""
+"""How the server starts: its errors, its fallbacks, and signals during the start."""
 
 import argparse
 import contextlib
@@ -44,7 +44,7 @@ TOKEN = "a-token_of-24-characters"
 
 
 def in_shell(script: str) -> list[str]:
-    """Return what to put before a command so that a shell runs a script first."""
+    """Return a prefix for a command so that a shell runs a script first."""
     return ["sh", "-c", f'{script}; exec "$@"', "sh"]
 
 
@@ -88,7 +88,7 @@ def test_a_worker_that_does_not_start_ends_the_server_with_one_line(arguments, s
         assert server.left_behind() == []
 
 
-# What a class of somebody's own may get wrong, as code that replaces something in the toy's.
+# Errors of a user's class, as code that replaces a part of the toy's.
 WRONG_STAGES = {
     "limits that raise": (
         "Inversion.limits = classmethod(lambda cls, options: 1 / 0)",

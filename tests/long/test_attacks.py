@@ -127,7 +127,7 @@ class FrontDoor:
 
     def assert_unharmed(self) -> None:
         """The good client gets its responses as usual, no process was replaced, and memory is within bounds."""
-        # Twice the usual time, and what a busy machine adds.
+        # Twice the usual time, and some more for a busy machine.
         assert max(self.client.next_responses(10)) < 2 * self.client.usual_s + 0.2
         assert self._pids() == self._processes
 
@@ -538,7 +538,7 @@ def test_rest_over_http2_and_grpc_over_http1(front_door):
 
 
 def assert_closed(sockets: list[socket.socket], within_s: float) -> None:
-    """Read what arrives until the other side has closed all connections."""
+    """Read data until the other side has closed all connections."""
     deadline = time.monotonic() + within_s
     for connection in sockets:
         connection.settimeout(max(0.1, deadline - time.monotonic()))

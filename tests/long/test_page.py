@@ -64,7 +64,7 @@ def proxy(server: Server) -> Iterator[Proxy]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Opens the page of a proxy in a browser without a past, and checks at the end what it did there."""
+    """Opens the page of a proxy in a fresh browser, and checks for errors and foreign requests at the end."""
     contexts, complaints, foreign = [], [], []
 
     def open_page(proxy: Proxy, path: str = "/", **options: object) -> Page:
@@ -93,7 +93,7 @@ def message(page: Page):
 
 
 def wait_for_cut_out(page: Page) -> None:
-    """Return when the page shows the cut-out of what is set."""
+    """Return when the page shows the cut-out for the current settings."""
     expect(message(page)).to_have_text(re.compile("kept|Nothing found"), timeout=20_000)
 
 
@@ -113,7 +113,7 @@ def set_threshold(page: Page, value: float) -> None:
 
 
 def download(page: Page) -> tuple[str, bytes]:
-    """Return the name and the bytes of what the page offers to download."""
+    """Return the name and the bytes of the file that the page offers."""
     with page.expect_download() as waiting:
         page.get_by_role("link", name="Download PNG").click()
     return waiting.value.suggested_filename, Path(waiting.value.path()).read_bytes()
@@ -284,7 +284,7 @@ def server_says(server: Server, photo: bytes, **parameters: str) -> str:
     return str(error.value)
 
 
-def test_what_the_server_rejects_is_explained_in_its_words(open_page, proxy, server):
+def test_a_rejection_is_explained_in_the_servers_words(open_page, proxy, server):
     page = open_page(proxy)
     for name, photo in (
         ("note.jpg", b"hello"),

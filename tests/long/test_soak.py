@@ -72,7 +72,7 @@ def set_together(barrier: Barrier) -> None:
 
 
 def send(http_port: int, url: str, expected: list[dict], seed: int, seconds: float) -> Counter:
-    """Send photos for some seconds, in its own process, and count what came of them."""
+    """Send photos for some seconds, in its own process, and count the outcomes."""
     dice, end, outcomes = random.Random(seed), time.monotonic() + seconds, Counter()
     connection = Connection(url)
     while time.monotonic() < end:
@@ -91,7 +91,7 @@ def send(http_port: int, url: str, expected: list[dict], seed: int, seconds: flo
             encoded, parameters, sentence = dice.choice(BAD)
             try:
                 connection.infer(encoded, (), parameters)
-                outcomes["bad, ANSWERED"] += 1
+                outcomes["bad, ACCEPTED"] += 1
             except InferenceError as error:
                 outcomes["bad, rejected" if sentence in str(error) else f"bad, REJECTED OTHERWISE: {error}"] += 1
         elif kind == "half a request":

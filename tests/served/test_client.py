@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""client.py: what it sends, writes and reports, and with which status it exits."""
+"""client.py: its requests, its files, its report and its exit status."""
 
 import http.server
 import itertools
@@ -35,7 +35,7 @@ def image(path: Path) -> np.ndarray:
 
 
 def kept(done: Done) -> int:
-    """Return what the report says about one photo, in percent."""
+    """Return the share in the report on one photo, in percent."""
     return int(done.out.split("pixels, ")[1].split("% kept")[0])
 
 
@@ -152,7 +152,7 @@ def test_a_bad_photo_is_named_and_the_others_are_processed(run_client, url, tmp_
         ("--threshold", "7", "threshold must be a number between 0 and 1, not 7.0"),
     ],
 )
-def test_what_the_server_rejects_is_reported(run_client, url, option, value, expected):
+def test_a_rejection_is_reported(run_client, url, option, value, expected):
     done = run_client("--url", url, option, value)
     assert done.status == 1
     assert f"orig.jpg: {expected}" in done.err

@@ -25,7 +25,7 @@ OTHER_CLASS = {"person": "cat", "cat": "person"}
 
 
 def reference_mask(class_name: str) -> Image.Image:
-    """Return what belongs to the class in its sample photo, 255 or 0 in each pixel."""
+    """Return the mask of the class in its sample photo, 255 or 0 in each pixel."""
     return Image.open(SAMPLES[class_name][1]).point(lambda value: 255 * (value > 0))
 
 

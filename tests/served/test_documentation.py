@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples of README and docs do what the text around them says."""
+"""The examples of README and docs work as the text around them says."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def test_the_python_clients_get_the_person(server, page, after, tmp_path, monkey
 
 
 def run(command: str, folder: Path) -> str:
-    """Run a command of the documentation, and return what it prints."""
+    """Run a command of the documentation, and return its output."""
     (folder / "images").symlink_to(ROOT / "images")
     return subprocess.run(["bash", "-euc", command], cwd=folder, capture_output=True, text=True, check=True).stdout
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""server.py as a whole: what it falls back to, a batch with a bad photo, several GPUs and a lost one."""
+"""server.py as a whole: its fallbacks, a batch with a bad photo, several GPUs and a lost one."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,7 +36,7 @@ def test_without_pretrained_weights_the_server_falls_back_loudly_to_the_demonstr
     assert "WARNING" in lines[ready - 1]
     assert "DEMONSTRATION WEIGHTS" in lines[ready - 1]
     assert pretrained_weights(NETWORK).url in lines[ready - 1]
-    # While it starts, it says what it does; once it is ready, it says where.
+    # During the start, it logs its steps; once it is ready, it logs its addresses.
     for expected in ("device: ", "weights: demonstration weights", "precision: ", "maximum batch size: "):
         assert any(expected in line for line in lines[: ready - 1])
     for url in (server.http_url, server.grpc_url, f"http://127.0.0.1:{server.metrics_port}/metrics"):

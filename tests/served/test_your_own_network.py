@@ -96,7 +96,7 @@ def servers(tmp_path_factory, classifier, segmenter, found) -> Iterator[Mapping[
         "classifier": start(
             "classifier", "--weights", "classifier.pth", *small, script=CLASSIFIER, model_name="ResNet50"
         ),
-        # The page says to change server.py. This copy imports what is beside it.
+        # The page says to change server.py. This copy imports the modules next to it.
         "FCN": start("fcn", *options, *small, script=folder / "fcn_server.py", environment={"PYTHONPATH": str(ROOT)}),
         "text": start("text", script=ROOT / "tests" / "text_server.py", model_name="Words"),
         "pair": start("pair", script=ROOT / "tests" / "pair_server.py", model_name="SideBySide"),

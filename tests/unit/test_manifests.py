@@ -31,7 +31,7 @@ COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 PROXY_CONFIGURATION = (DEPLOY / "nginx.conf").read_text()
 MAX_PIXELS = server.parse_options([]).max_pixels
 MESSAGE_BYTES = sum(server.Segmentation.limits(server.parse_options([])))
-# What the defaults need on a GPU.
+# The need of the defaults on a GPU.
 SHM_BYTES = MAX_DEFAULT_INSTANCES * (SHM_BYTES_PER_INSTANCE + SHM_BYTES_PER_BYTE * MESSAGE_BYTES)
 
 
@@ -179,13 +179,13 @@ def test_the_two_lists_of_servers_differ_in_their_addresses_only():
 
 
 def compose_files() -> dict[str, Path]:
-    """Return what is in the proxy's /etc/proxy with Compose: the image's files, some of them replaced."""
+    """Return the files in the proxy's /etc/proxy with Compose: the image's files, some of them replaced."""
     volumes = [volume.split(":") for volume in COMPOSE["services"]["proxy"]["volumes"]]
     return image_files() | {Path(there).name: DEPLOY / here for here, there, _ in volumes}
 
 
 def pod_files() -> dict[str, Path]:
-    """Return what is in the proxy's /etc/proxy in a pod, where the volume hides the image's files."""
+    """Return the files in the proxy's /etc/proxy in a pod, where the volume hides the image's files."""
     kustomization = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())
     generated = {
         (kind, generator["name"]): {Path(name).name: DEPLOY / name for name in generator["files"]}
@@ -209,7 +209,7 @@ DEPLOYMENTS = {"image": image_files, "Compose": compose_files, "pod": pod_files}
 
 @NEEDS_NGINX
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
-def test_what_is_deployed_asks_for_a_key_that_one_command_adds(deployment, tmp_path):
+def test_each_deployment_requires_a_key_that_one_command_adds(deployment, tmp_path):
     files = DEPLOYMENTS[deployment]()
     deploy = tmp_path / "deploy"
     deploy.mkdir()

@@ -106,7 +106,7 @@ def test_an_error_in_the_clients_options_is_one_line(arguments, expected, capsys
         (["--url", "http://[::1"], "--url http://[::1: Invalid IPv6 URL"),
     ],
 )
-def test_what_the_client_cannot_send_is_one_line(arguments, expected):
+def test_an_error_before_sending_is_one_line(arguments, expected):
     with pytest.raises(client.ClientError) as error:
         client.send_all(client.parse_options(arguments))
     assert str(error.value).startswith(expected)

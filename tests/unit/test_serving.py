@@ -256,7 +256,7 @@ def test_a_job_whose_result_is_not_valid_fails_alone():
 
 @pytest.fixture
 def log_file(tmp_path):
-    """What this process and its children log."""
+    """The log of this process and its children."""
     handler = logging.FileHandler(tmp_path / "log")
     logging.getLogger("server").addHandler(handler)
     yield tmp_path / "log"
@@ -272,7 +272,7 @@ def log_file(tmp_path):
         (lambda jobs: [{"file": Deferred(lambda _: 1 / 0, np.zeros(1))} for _ in jobs], "ZeroDivisionError: "),
     ],
 )
-def test_what_the_stages_raise_is_logged_and_the_client_gets_a_sentence(compute, reason, log_file: Path):
+def test_an_exception_of_the_stages_is_logged_and_the_client_gets_a_sentence(compute, reason, log_file: Path):
     with Forked(compute, 1, 1) as forked:
         with pytest.raises(InferenceFailed) as error:
             call(forked.channels[0], "a secret")
