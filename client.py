@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Send photos to the server, and report or write what comes back.
+"""Send photos to the server, and report or write the results.
 
     python client.py --image-paths a.jpg b.jpg --dump-images
 
-Exit status: 0 if all photos were answered, 1 if some were not or the report is incomplete, 2 if nothing could be sent,
-130 after Ctrl-C, 141 if nobody reads the report any more and there are no files to write. Details: docs/client.md
+Exit status: 0 if all photos succeeded, 1 if some failed or the report is incomplete, 2 if nothing could be sent, 130
+after Ctrl-C, 141 if the report's reader is gone and there are no files to write. Details: docs/client.md
 """
 
 import argparse
@@ -25,13 +25,13 @@ from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from client_files import OutputFolder, Photo, find_photos
+from client_files import OutputFolder, PhotoFile, find_photos
 from client_report import Report, Result, say
 from connection import MODEL_NAME, ClientError, Connection, InferenceError
 from photo import read_photo
 
 SAMPLE_PHOTO = Path(__file__).parent / "images" / "orig.jpg"
-FORMATS = {"raw": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}  # and the endings of their files
+FORMATS = {"raw": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}  # and their file extensions
 PROGRESS = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} photos [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 LOGGER = logging.getLogger("client")
@@ -40,34 +40,34 @@ Image.MAX_IMAGE_PIXELS = None  # the server decides how large a photo may be
 
 
 def wanted_files(options: argparse.Namespace) -> dict[str, str]:
-    """Return the kinds of files to write for each photo, and their endings."""
-    endings = {}
+    """Return the kinds of files to write for each photo, with their extensions."""
+    extensions = {}
     if options.dump_images:
-        endings["orig"] = "jpg"
+        extensions["orig"] = "jpg"
     if options.dump_images or options.format != "raw":
-        endings["segm"] = FORMATS[options.format]
+        extensions["segm"] = FORMATS[options.format]
     if options.mask:
-        endings["mask"] = "png"
-    return endings
+        extensions["mask"] = "png"
+    return extensions
 
 
 def segment_file(
     connection: Connection, path: Path, targets: Mapping[str, Path], output: OutputFolder, options: argparse.Namespace
 ) -> Result:
-    """Send one photo and write its files. Raises what Pillow, the connection or the file system raises."""
+    """Send one photo and write its files. Raises the errors of Pillow, the connection and the file system."""
     began = time.monotonic()
     encoded = path.read_bytes()
     if not encoded:
         raise InferenceError("the file is empty")
-    # The mask is always among the outputs: one byte per pixel tells exactly how much was kept.
+    # Always request the mask: with one byte per pixel, it shows the exact share of the pixels that is kept.
     outputs, parameters = ["mask"], options.parameters
     if options.format != "raw":
         outputs, parameters = ["mask", "encoded"], parameters | {"format": options.format}
     elif options.dump_images:
-        outputs = ["mask", "original"]  # with these two, "segmented" need not be sent
-    answer = {name: array[0] for name, array in connection.infer(encoded, outputs, parameters).items()}
+        outputs = ["mask", "original"]  # from which the client computes "segmented"
+    response = {name: array[0] for name, array in connection.infer(encoded, outputs, parameters).items()}
     took = time.monotonic() - began
-    mask, original, cut_out = answer["mask"], answer.get("original"), answer.get("encoded")
+    mask, original, cut_out = response["mask"], response.get("original"), response.get("encoded")
     contents = {
         "orig": lambda: jpeg_file(upright(encoded) if original is None else Image.fromarray(original)),
         "segm": lambda: cut_out.tobytes() if cut_out is not None else jpeg_file(cut(original, mask)),
@@ -93,7 +93,7 @@ def upright(encoded: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(photo.encoded))
     image.getexif()[ExifTags.Base.Orientation] = photo.orientation
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # which Pillow would clip instead of scaling
+    if image.mode.startswith("I;16"):  # convert() would clip 16 bits instead of scaling them
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
@@ -113,10 +113,10 @@ def png_file(mask: Image.Image) -> bytes:
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line. A mistake ends the process with one line and status 2."""
+    """Parse the command line. An error ends the process with one line and status 2."""
     parser = argparse.ArgumentParser(
-        description=f"Send photos to the model {MODEL_NAME}, and report or write what comes back.",
-        usage=argparse.SUPPRESS,  # it would appear above every error message
+        description=f"Send photos to the model {MODEL_NAME}, and report or write the results.",
+        usage=argparse.SUPPRESS,  # argparse would print it above every error message
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -137,7 +137,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--format",
         choices=FORMATS,
         default="raw",
-        help="how the server sends the cut-out; jpeg, png and webp files are written unchanged",
+        help="format in which the server sends the cut-out; jpeg, png and webp files are written unchanged",
     )
     add("--mask", action="store_true", help="write mask0.png, ...: white where the class was found")
     add("--keep-names", action="store_true", help="name the files after the photos: beach.png instead of segm0.png")
@@ -177,12 +177,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--retry-s",
         type=float,
         default=300,
-        help="seconds to go on sending a photo if the server is busy or cannot be reached",
+        help="seconds to retry a photo if the server is busy or cannot be reached",
     )
     add(
         "--class-name",
         default=argparse.SUPPRESS,
-        help="what to cut out, such as person or cat,dog (default: the server's)",
+        help="class or classes to keep, such as person or cat,dog (default: the server's)",
     )
     add(
         "--threshold",
@@ -190,20 +190,20 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=argparse.SUPPRESS,
         help="probability to exceed, between 0 and 1 (default: the server's)",
     )
-    add("--concurrency", type=int, default=4, help="how many photos to keep in flight")
+    add("--concurrency", type=int, default=4, help="number of photos in flight")
     add("--verbose", action="store_true", help="log each request and each retry")
     defaults = argparse.Namespace(
         image_paths=[str(SAMPLE_PHOTO)], api_key=os.environ.get("API_KEY", ""), ca_file=None, report=None
     )
     options = parser.parse_args(arguments, defaults)
     if options.concurrency < 1:
-        parser.error(f"argument --concurrency: must be at least 1, not {options.concurrency}")
+        parser.error(f"argument --concurrency: must be a whole number >= 1, not {options.concurrency}")
     for name, seconds in (("--init-timeout-s", options.init_timeout_s), ("--retry-s", options.retry_s)):
         if not 0 <= seconds < math.inf:
-            parser.error(f"argument {name}: must be a number of at least 0, not {seconds}")
+            parser.error(f"argument {name}: must be a finite number >= 0, not {seconds}")
     for name, is_set in (("--skip-existing", options.skip_existing), ("--keep-names", options.keep_names)):
         if is_set and not wanted_files(options):
-            parser.error(f"argument {name}: needs --dump-images, --mask or a --format other than raw")
+            parser.error(f"argument {name}: requires --dump-images, --mask or a --format other than raw")
     options.keep_names |= options.skip_existing
     options.parameters = {
         name: getattr(options, name) for name in ("class_name", "threshold") if hasattr(options, name)
@@ -211,42 +211,42 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-class Job(NamedTuple):
-    """A photo to send, and the files to write by their kinds."""
+class Task(NamedTuple):
+    """A photo to send, and the files to write, by kind."""
 
-    photo: Photo
+    photo: PhotoFile
     targets: Mapping[str, Path]
 
 
-def plan_jobs(
-    photos: Sequence[Photo], output: OutputFolder, endings: Mapping[str, str], options: argparse.Namespace
-) -> list[Job]:
-    """Return what to do. Raises ClientError if it would write over a file that is not the client's."""
-    jobs: dict[object, Job] = {}
+def plan_tasks(
+    photos: Sequence[PhotoFile], output: OutputFolder, extensions: Mapping[str, str], options: argparse.Namespace
+) -> list[Task]:
+    """Return the photos to send. Raises ClientError if this would overwrite a file that the client did not write."""
+    tasks: dict[object, Task] = {}
     for index, photo in enumerate(photos):
         if options.keep_names:
-            jobs[photo.path] = Job(photo, output.named(photo.path, endings))
+            tasks[photo.path] = Task(photo, output.named(photo.path, extensions))
         else:
-            jobs[index] = Job(photo, output.numbered(index, endings))
+            tasks[index] = Task(photo, output.numbered(index, extensions))
     todo = [
-        job
-        for job in jobs.values()
-        if job.photo.problem or not (options.skip_existing and all(map(os.path.lexists, job.targets.values())))
+        task
+        for task in tasks.values()
+        if task.photo.problem or not (options.skip_existing and all(map(os.path.lexists, task.targets.values())))
     ]
     if options.skip_existing:
-        say(f"skipping {len(jobs) - len(todo)} of {len(jobs)} photos: their output files exist")
-    targets = [target for job in todo if not job.photo.problem for target in job.targets.values()]
+        say(f"skipping {len(tasks) - len(todo)} of {len(tasks)} photos: their output files exist")
+    targets = [target for task in todo if not task.photo.problem for target in task.targets.values()]
     if obstacles := [obstacle for target in targets if (obstacle := output.obstacle(target))]:
         others = f" (and {len(obstacles) - 1} others)" if obstacles[1:] else ""
-        cure = "set another --output-dir, or --keep-names" + ", or --overwrite" * ("exists" in obstacles[0])
-        raise ClientError(f"{obstacles[0]}{others}: {cure}")
+        advice = "set another --output-dir, or --keep-names" + ", or --overwrite" * ("exists" in obstacles[0])
+        raise ClientError(f"{obstacles[0]}{others}: {advice}")
     return todo
 
 
 def send_all(options: argparse.Namespace) -> int:
     """Send all photos, and return the exit status. Raises ClientError."""
-    endings = wanted_files(options)
-    photos = find_photos(options.image_paths, options.output_dir if endings else None)
+    extensions = wanted_files(options)
+    photos = find_photos(options.image_paths, options.output_dir if extensions else None)
     if not photos:
         raise ClientError("--image-paths: this client wrote all of these files: set another --output-dir")
     problems = [photo for photo in photos if photo.problem]
@@ -255,52 +255,52 @@ def send_all(options: argparse.Namespace) -> int:
             say(f"client.py: --image-paths: {photo.path} {photo.problem}")
         raise ClientError(f"--image-paths: {problems[-1].path} {problems[-1].problem}")
     output = OutputFolder(options.output_dir, [photo.path for photo in photos], options.overwrite)
-    jobs = plan_jobs(photos, output, endings, options)
-    if not jobs:
+    tasks = plan_tasks(photos, output, extensions, options)
+    if not tasks:
         return 0
-    if endings:
+    if extensions:
         output.create()
     report = Report(options.report, output.obstacle(options.report) if options.report else "")
     connection = Connection(options.url, api_key=options.api_key, ca_file=options.ca_file, retry_s=options.retry_s)
     connection.wait_for_model(options.init_timeout_s)
     with ThreadPoolExecutor(options.concurrency) as pool, logging_redirect_tqdm():
-        return send_jobs(jobs, pool, connection, output, report, options)
+        return send_tasks(tasks, pool, connection, output, report, options)
 
 
-def send_jobs(
-    jobs: Sequence[Job],
+def send_tasks(
+    tasks: Sequence[Task],
     pool: ThreadPoolExecutor,
     connection: Connection,
     output: OutputFolder,
     report: Report,
     options: argparse.Namespace,
 ) -> int:
-    """Send photos, report on each as soon as it is done, and return the exit status. Raises ClientError."""
+    """Send photos, report on each when it is done, and return the exit status. Raises ClientError."""
     began = time.monotonic()
-    answered = failed = 0
+    succeeded = failed = 0
 
     def say_summary() -> None:
         seconds = time.monotonic() - began
-        photos = f"{answered + failed} of {len(jobs)} photos, {failed} failed"
-        say(f"client.py: {photos}, {seconds:.1f} s, {answered / seconds:.1f} photos/s")
+        photos = f"{succeeded + failed} of {len(tasks)} photos, {failed} failed"
+        say(f"client.py: {photos}, {seconds:.1f} s, {succeeded / seconds:.1f} photos/s")
 
     futures: dict[Future, Path] = {}
-    for job in jobs:
-        if job.photo.problem:
-            report.add(Result(str(job.photo.path), error=job.photo.problem))
+    for task in tasks:
+        if task.photo.problem:
+            report.add(Result(str(task.photo.path), error=task.photo.problem))
             failed += 1
         else:
-            future = pool.submit(segment_file, connection, job.photo.path, job.targets, output, options)
-            futures[future] = job.photo.path
+            future = pool.submit(segment_file, connection, task.photo.path, task.targets, output, options)
+            futures[future] = task.photo.path
     hide = True if len(futures) < 2 else None  # None: unless stderr is a terminal
     try:
         finished = as_completed(futures)
         for future in tqdm(finished, total=len(futures), unit=" photos", bar_format=PROGRESS, disable=hide):
             try:
                 result = future.result()
-                answered += 1
-            except Exception as error:  # Pillow raises whatever the damage makes it stumble over
-                if getattr(error, "denied", False) and not answered:
+                succeeded += 1
+            except Exception as error:  # Pillow can raise anything on a damaged file
+                if getattr(error, "denied", False) and not succeeded:
                     pool.shutdown(wait=False, cancel_futures=True)  # the others would be denied as well
                     raise ClientError(f"{connection.url}: {error}") from error
                 result = Result(str(futures[future]), error=getattr(error, "strerror", None) or str(error))
@@ -319,13 +319,13 @@ def send_jobs(
 
 
 def main() -> None:
-    """Run the client. The exit status is described at the top of this file."""
+    """Run the client. The module's docstring lists the exit statuses."""
     options = parse_options()
     logging.basicConfig(format="%(message)s")
     LOGGER.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # and not closed
-            stream.reconfigure(errors="backslashreplace")  # whatever its encoding, it takes the name of any file
+            stream.reconfigure(errors="backslashreplace")  # so that it can print the name of any file
     try:
         sys.exit(send_all(options))
     except ClientError as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of the client: which photos it reads, how its own files are called, and which files it may replace.
+"""The client's files: finds the photos to send, names the output files, and decides which files may be replaced.
 
-The folder that it writes to has a hidden file that records each file: its name, the photo it is about, and its SHA-256.
-So a file is the client's own as long as nobody changed it, and a photo has the same names in each run.
+A hidden file in the output folder records each output file: its name, its photo and its SHA-256. An output file counts
+as the client's while its SHA-256 matches, and a photo's files have the same names in each run.
 """
 
 import contextlib
@@ -24,24 +24,24 @@ from typing import NamedTuple
 from client_report import printable, say
 from connection import ClientError
 
-PHOTO_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
+PHOTO_EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
 RECORD = ".segmentation.jsonl"
 
 
-class Photo(NamedTuple):
-    """An entry of ``--image-paths``, and why it cannot be sent, if so."""
+class PhotoFile(NamedTuple):
+    """A file to send. ``problem`` says why it cannot be sent, if it cannot."""
 
     path: Path
     problem: str = ""
 
 
-def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list[Photo]:
-    """Return the photos that the arguments of ``--image-paths`` mean, in a stable order.
+def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list[PhotoFile]:
+    """Return the photos that the arguments of ``--image-paths`` match, in a stable order.
 
-    What the client itself wrote does not count, unless it is named. If it lies in ``output_dir``, where this run is
-    going to write, it does not count even then, because a shell names all files that match a pattern.
+    Files that the client wrote are skipped, unless they are named. Those in ``output_dir``, where this run writes, are
+    always skipped, because a shell names all files that match a pattern.
     """
-    photos: list[Photo] = []
+    photos: list[PhotoFile] = []
     skipped: Counter[str] = Counter()
     output_folder = functools.cache(OutputFolder)
 
@@ -56,41 +56,41 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
             try:
                 files = sorted(path.iterdir())
             except OSError as error:
-                photos.append(Photo(path, f"cannot be read ({error.strerror})"))
+                photos.append(PhotoFile(path, f"cannot be read ({error.strerror})"))
                 continue
             skipped.update(filter(None, map(reason_to_skip, files)))
             found = [file for file in files if is_photo(file)]
-            nothing = f"contains no photos ({', '.join(sorted(PHOTO_ENDINGS))})"
+            nothing = f"contains no photos ({', '.join(sorted(PHOTO_EXTENSIONS))})"
         elif os.path.lexists(path) or not glob.has_magic(pattern):
             if not (output_dir and path.parent.resolve() == output_dir.resolve() and is_own(path)):
-                photos.append(Photo(path, problem_of(path)))
+                photos.append(PhotoFile(path, problem_of(path)))
             continue
         else:
             files = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute pattern
             found = [file for file in files if is_photo(file) or not file.is_dir()]
             nothing = "matches no file"
         if not found:
-            photos.append(Photo(path, nothing))
-        photos += [Photo(file, problem_of(file)) for file in found if not is_own(file)]
+            photos.append(PhotoFile(path, nothing))
+        photos += [PhotoFile(file, problem_of(file)) for file in found if not is_own(file)]
     skipped = +skipped
     if skipped:
-        kinds = ", ".join(f"{number} {kind}" for kind, number in skipped.most_common())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
         say(f"skipping {skipped.total()} files: {printable(kinds)}")
     return photos
 
 
 def is_photo(file: Path) -> bool:
-    """Return whether a file in a folder has the name of a photo. macOS puts ``._a.jpg`` beside ``a.jpg``."""
-    return file.suffix.lower() in PHOTO_ENDINGS and not file.name.startswith("._")
+    """Return whether a file in a folder has the name of a photo. macOS puts ``._a.jpg`` next to ``a.jpg``."""
+    return file.suffix.lower() in PHOTO_EXTENSIONS and not file.name.startswith("._")
 
 
 def reason_to_skip(file: Path) -> str:
-    """Return how a file in a folder is called that is neither a photo nor hidden, such as ``.txt``, or nothing."""
+    """Return the kind of a file that is neither a photo nor hidden, such as ``.txt``, or an empty string."""
     if file.name.startswith("._"):
         return "._*"
     if is_photo(file) or file.name.startswith(".") or not file.is_file():
         return ""
-    return file.suffix.lower() or "without an ending"
+    return file.suffix.lower() or "without an extension"
 
 
 def problem_of(file: Path) -> str:
@@ -106,19 +106,19 @@ def problem_of(file: Path) -> str:
 
 
 class OutputFolder:
-    """A folder for the client's files, which need not exist yet. Any thread may write."""
+    """A folder for the client's files, which is created if necessary. Thread-safe."""
 
     def __init__(self, folder: Path, photos: Iterable[Path] = (), overwrite: bool = False):
-        """``photos`` are never written over; ``overwrite`` permits it for all other files."""
+        """``photos`` are never overwritten; ``overwrite`` permits it for all other files."""
         self.folder = folder
         self._overwrite = overwrite
         self._photos = {identity for photo in photos if (identity := _identity(photo))}
         self._lock = threading.Lock()
         self._written: set[tuple[str, str]] = set()  # names of files and their SHA-256
-        self._owners: dict[str, str] = {}  # the photo to which a name belongs; some file systems ignore case
-        with contextlib.suppress(OSError):  # without a record, no file is the client's own
+        self._owners: dict[str, str] = {}  # a name's photo; some file systems ignore case
+        with contextlib.suppress(OSError):  # without a record, no file is the client's
             for line in (folder / RECORD).read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a truncated line
                     entry = json.loads(line)
                     self._written.add((entry["file"], entry["sha256"]))
                     self._owners[str(entry["file"]).casefold()] = entry["photo"]
@@ -133,7 +133,7 @@ class OutputFolder:
             raise ClientError(f"--output-dir: cannot write to {self.folder}")
 
     def wrote(self, file: Path) -> bool:
-        """Return whether the client wrote a file of this folder, and nobody has changed it since then."""
+        """Return whether the client wrote a file of this folder, and it is unchanged."""
         if file.name.casefold() not in self._owners:
             return False
         try:
@@ -142,18 +142,18 @@ class OutputFolder:
         except OSError:
             return False
 
-    def numbered(self, index: int, endings: Mapping[str, str]) -> dict[str, Path]:
-        """Return the files of a photo by kind, such as ``segm0.png``. ``endings`` has the ending of each kind."""
-        return {kind: self.folder / f"{kind}{index}.{ending}" for kind, ending in endings.items()}
+    def numbered(self, index: int, extensions: Mapping[str, str]) -> dict[str, Path]:
+        """Return the files of a photo by kind, such as ``segm0.png``. ``extensions`` has the extension of each kind."""
+        return {kind: self.folder / f"{kind}{index}.{extension}" for kind, extension in extensions.items()}
 
-    def named(self, photo: Path, endings: Mapping[str, str]) -> dict[str, Path]:
+    def named(self, photo: Path, extensions: Mapping[str, str]) -> dict[str, Path]:
         """Return the files of a photo by kind, named after it: ``beach.png``, or ``beach-2.png`` if that is taken."""
         owner = self._relative(photo)
         for number in count(1):
             stem = photo.stem if number == 1 else f"{photo.stem}-{number}"
             names = {
-                kind: f"{stem}.{ending}" if kind == "segm" else f"{stem}.{kind}.{ending}"
-                for kind, ending in endings.items()
+                kind: f"{stem}.{extension}" if kind == "segm" else f"{stem}.{kind}.{extension}"
+                for kind, extension in extensions.items()
             }
             files = {kind: self.folder / name for kind, name in names.items()}
             if all(self._is_available(file, owner) for file in files.values()):
@@ -180,17 +180,17 @@ class OutputFolder:
             return f"{file} is a folder"
         if self._overwrite or self.wrote(file):
             return ""
-        return f"{file} exists, and is not as this client wrote it"
+        return f"{file} exists, and this client did not write it in this form"
 
     def write(self, photo: Path, file: Path, content: bytes) -> None:
-        """Write and record a file about a photo. After an interruption, it is either complete or not there."""
+        """Write and record a file about a photo. An interruption leaves either the complete file or none."""
         sha256 = hashlib.sha256(content).hexdigest()
         entry = {"photo": self._relative(photo), "sha256": sha256, "file": file.name}
         unfinished = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
         with self._lock:
             try:
                 unfinished.write_bytes(content)
-                self._record(entry)  # first, or an interruption could leave a file that nobody wrote
+                self._record(entry)  # first, or an interruption could leave a file without a record
                 unfinished.replace(file)
             except OSError as error:
                 unfinished.unlink(missing_ok=True)
@@ -209,12 +209,12 @@ class OutputFolder:
                 raise
 
     def stop(self) -> None:
-        """Return when no file is half written, and let nobody write any more: for a process that is about to end."""
+        """Wait for the file that is being written, and block all further ones. Call it before the process exits."""
         self._lock.acquire()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what two paths of one file have in common."""
+    """Return the device and inode of a file, which are the same for all of its paths."""
     try:
         status = path.stat()
     except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the client tells the user about each photo."""
+"""The client's report on each photo."""
 
 import contextlib
 import json
@@ -15,14 +15,14 @@ from connection import ClientError
 
 
 class Result(NamedTuple):
-    """What became of one photo: a line of ``--report``. Only a photo that failed has an ``error``."""
+    """The result of one photo: a line of ``--report``. Only a photo that failed has an ``error``."""
 
     file: str
     width: int | None = None
     height: int | None = None
     kept: float | None = None  # the share of its pixels in the cut-out
     encoded_bytes: int | None = None  # of the cut-out as an image file
-    milliseconds: float | None = None  # from reading the photo to the answer, with all retries
+    milliseconds: float | None = None  # from reading the photo to the response, including retries
     files: Sequence[str] = ()
     error: str | None = None
 
@@ -37,7 +37,7 @@ class Result(NamedTuple):
 
 
 class Report:
-    """Tells the user what became of each photo: on stdout, or on stderr if it failed, and in the file of --report."""
+    """Reports the result of each photo: on stdout, or on stderr if it failed, and in the file of --report."""
 
     def __init__(self, path: Path | None, obstacle: str = ""):
         """Open the file, if there is one. ``obstacle`` says why it must not be replaced. Raises ClientError."""
@@ -59,11 +59,11 @@ class Report:
 
     @property
     def is_read(self) -> bool:
-        """Whether anybody gets to know about photos that succeed."""
+        """Whether a reader is left for photos that succeed."""
         return bool(self._lines or self._json)
 
     def add(self, result: Result) -> None:
-        """Report on a photo. What cannot be written is said once; it makes the report incomplete, but no photo fail."""
+        """Report on a photo. A write error is reported once, and makes the report incomplete, but no photo fail."""
         if self._json:
             self._json = self._print(json.dumps(result._asdict()), self._json)
         if result.error:
@@ -72,12 +72,12 @@ class Report:
             self._lines = self._print(str(result), self._lines)
 
     def _print(self, line: str, stream: TextIO) -> TextIO | None:
-        """Print a line. Return the stream, or None if it takes no more."""
+        """Print a line. Return the stream, or None if it cannot be written to."""
         try:
             with tqdm.external_write_mode(stream):
                 print(line, file=stream, flush=True)
         except OSError as error:
-            if stream is sys.stdout:  # Python flushes it once more at the end
+            if stream is sys.stdout:  # Python flushes it again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             if not (stream is sys.stdout and isinstance(error, BrokenPipeError)):  # as with "| head"
                 self.incomplete = True
@@ -87,11 +87,11 @@ class Report:
 
 
 def say(line: str) -> None:
-    """Print a line to stderr, beside the progress bar."""
+    """Print a line to stderr, above the progress bar."""
     with contextlib.suppress(OSError), tqdm.external_write_mode(sys.stderr):
         print(line, file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
-    """Return a text for one line of a terminal: the name of a file may contain anything."""
+    """Return the text as one line for a terminal: the name of a file may contain any character."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

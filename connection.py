@@ -25,13 +25,13 @@ from tritonclient.utils import InferenceServerException
 
 MODEL_NAME = "ResNet101"
 DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "https": 443, "grpcs": 443}
-REQUEST_TIMEOUT_S = 300.0  # enough for a long queue at a server without a GPU
+REQUEST_TIMEOUT_S = 300.0  # a server without a GPU may have a long queue
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 4.0  # between two attempts
 TLS_CHECK_AFTER_S = 1.0
-ANNOUNCE_S = 60.0  # how often a user hears that requests are sent again
+ANNOUNCE_S = 60.0  # how often retries are logged
 
 BUSY = {"429", "502", "503", "StatusCode.UNAVAILABLE"}
-# The server and its proxy say "again later" where that helps. Triton listens before it has the model, and after it.
+# The server and its proxy say "again later" if a retry may help. Triton listens before and after it serves the model.
 TRANSIENT = ("again later", "timeout expired", "Request for unknown model")
 DENIED = {"401", "403", "StatusCode.UNAUTHENTICATED", "StatusCode.PERMISSION_DENIED"}
 
@@ -39,11 +39,11 @@ LOGGER = logging.getLogger("client")
 
 
 class ClientError(Exception):
-    """Nothing can be sent. The message is one line for the user."""
+    """The client cannot send photos. The message is one line for the user."""
 
 
 class InferenceError(Exception):
-    """One request was not answered. The message is the server's sentence.
+    """A request failed. The message is usually the server's.
 
     ``transient`` says whether the same request may succeed later, and ``denied`` whether the server rejects the key.
     """
@@ -54,7 +54,7 @@ class InferenceError(Exception):
 
 
 class Connection:
-    """Talks to a model on one server. Any thread may use it."""
+    """A connection to a model on one server. Thread-safe."""
 
     def __init__(
         self,
@@ -66,9 +66,9 @@ class Connection:
     ):
         """``url`` is SCHEME://host:port or host; the port may be omitted. Raises ClientError.
 
-        ``api_key`` is for the proxy in front of a server; see docs/security.md. ``ca_file`` has the certificates that
-        are trusted instead of the system's. ``retry_s`` is for how many seconds a request is sent again if the server
-        is busy or cannot be reached.
+        ``api_key`` is for the proxy in front of a server; see docs/security.md. ``ca_file`` has the certificates to
+        trust instead of the system's. ``retry_s`` is the number of seconds to retry a request if the server is busy or
+        cannot be reached.
         """
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
@@ -90,7 +90,7 @@ class Connection:
         self._tls = self._scheme in ("https", "grpcs")
         self._certificates = _check_certificates(ca_file) if ca_file else _system_certificates()
         self._retry_s = retry_s
-        self._failing_since: float | None = None  # whatever was sent since then has failed
+        self._failing_since: float | None = None  # all requests since then have failed
         self._announced = -math.inf
         self._is_grpc = self._scheme.startswith("grpc")
         self._triton: ModuleType = tritonclient.grpc if self._is_grpc else tritonclient.http
@@ -99,7 +99,7 @@ class Connection:
     def wait_for_model(self, timeout_s: float) -> None:
         """Return when the model is ready. Raises ClientError if it is not within ``timeout_s`` seconds.
 
-        A mistake that waiting does not cure, such as a wrong certificate, is raised at once.
+        An error that waiting does not fix, such as a wrong certificate, is raised immediately.
         """
         began = time.monotonic()
         announced = tls_checked = False
@@ -108,10 +108,10 @@ class Connection:
                 if self._is_ready(min(5.0, max(0.1, began + timeout_s - time.monotonic()))):
                     return
                 state = f"the model {self.model_name} is not ready"
-            except Exception as error:  # refused, unknown host, not HTTP: each library has its own exceptions
+            except Exception as error:  # each library has its own exceptions
                 state = f"cannot reach the server ({explain(error)}{self._proxy_hint()})"
             waited = time.monotonic() - began
-            # A server that is starting need not be asked for TLS if nobody said that it has it.
+            # Without a URL for TLS, check it only after a while: the server may still be starting.
             if not tls_checked and (self._tls or waited > min(timeout_s, TLS_CHECK_AFTER_S)):
                 tls_checked = self._check_tls()
             if waited > timeout_s:
@@ -130,7 +130,7 @@ class Connection:
             return client.is_model_ready(self.model_name)
 
     def _check_tls(self) -> bool:
-        """Raise ClientError if the URL and the server do not agree about TLS. Return whether somebody listens there."""
+        """Raise ClientError if the URL and the server do not agree about TLS. Return whether the port is open."""
         context = ssl.create_default_context(cafile=self._certificates)
         if not (self._tls and self._certificates):
             context.check_hostname = False
@@ -140,14 +140,14 @@ class Connection:
                 try:
                     context.wrap_socket(plain, server_hostname=self._host).close()
                 except ssl.SSLCertVerificationError as error:
-                    cure = "set --ca-file to the certificate of its CA"
+                    advice = "set --ca-file to the certificate of its CA"
                     if "mismatch" in error.verify_message:
-                        cure = "use the host name of the certificate in --url"
+                        advice = "use the host name of the certificate in --url"
                     elif "expired" in error.verify_message:
-                        cure = "renew it"
+                        advice = "renew it"
                     reason = error.verify_message.rstrip(".")
                     raise ClientError(
-                        f"{self.url}: the server's certificate is not trusted ({reason}): {cure}"
+                        f"{self.url}: the server's certificate is not trusted ({reason}): {advice}"
                     ) from None
                 except OSError as error:
                     if self._tls and getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
@@ -168,36 +168,36 @@ class Connection:
         parameters: Mapping[str, object] | None = None,
         timeout_us: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """Return the outputs that are named, or the server's default ones, with a batch dimension of 1.
+        """Return the requested outputs, or the server's default ones, with a batch dimension of 1.
 
-        ``encoded`` are the bytes of a photo. The server rejects it once it has waited for ``timeout_us`` microseconds.
-        Raises InferenceError, if it is transient after ``retry_s`` seconds.
+        ``encoded`` has the bytes of a photo. The server rejects it after ``timeout_us`` microseconds in the queue.
+        Raises InferenceError, after ``retry_s`` seconds if it is transient.
         """
         pause, first_failure = FIRST_PAUSE_S, None
         while True:
             try:
-                answer = self._infer_once(encoded, outputs, parameters, timeout_us)
+                arrays = self._infer_once(encoded, outputs, parameters, timeout_us)
             except InferenceError as error:
                 if not error.transient:
                     self._failing_since = None
                     raise
                 now = time.monotonic()
                 first_failure = first_failure or now
-                # If the server answers nothing at all, each photo of a thousand must not wait for it again.
+                # If the server does not respond to any request, a thousand photos must not wait one after another.
                 self._failing_since = self._failing_since or now
-                jittered = pause * random.uniform(0.5, 1)  # so that many clients do not come back at once
+                jittered = pause * random.uniform(0.5, 1)  # so that clients do not all retry at the same time
                 if now + jittered > min(first_failure, self._failing_since) + self._retry_s:
                     raise
-                # A busy server says so all the time.
+                # A busy server would fill the log.
                 level = logging.INFO if now > self._announced + ANNOUNCE_S else logging.DEBUG
                 if level == logging.INFO:
                     self._announced = now
-                LOGGER.log(level, "%s: %s; trying again for up to %g s", self.url, error, self._retry_s)
+                LOGGER.log(level, "%s: %s; retrying for up to %g s", self.url, error, self._retry_s)
                 time.sleep(jittered)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
                 self._failing_since = None
-                return answer
+                return arrays
 
     def _infer_once(
         self,
@@ -225,13 +225,13 @@ class Connection:
             arrays = {name: result.as_numpy(name) for name in names}
         except Exception as error:
             if not isinstance(error, InferenceServerException):
-                self._local.__dict__.clear()  # an HTTP connection that broke in the middle is of no more use
+                self._local.__dict__.clear()  # a broken HTTP connection cannot be reused
             raise self._inference_error(error) from error
         LOGGER.debug("%d bytes: %s in %.0f ms", len(encoded), ", ".join(names), (time.monotonic() - began) * 1000)
         return arrays
 
     def _inference_error(self, error: Exception) -> InferenceError:
-        """Return what an exception of Triton's clients means."""
+        """Return the InferenceError for an exception of Triton's clients."""
         sentence = explain(error)
         if isinstance(error, InferenceServerException):
             denied = error.status() in DENIED
@@ -240,13 +240,13 @@ class Connection:
             transient = error.status() in BUSY or any(words in sentence for words in TRANSIENT)
             return InferenceError(sentence + self._proxy_hint(error), transient, denied)
         if isinstance(error, TimeoutError):
-            return InferenceError(f"no answer within {REQUEST_TIMEOUT_S:g} s")
+            return InferenceError(f"no response within {REQUEST_TIMEOUT_S:g} s")
         if isinstance(error, (OSError, HTTPException)):
             return InferenceError(f"cannot reach the server ({sentence})", not isinstance(error, ssl.SSLError))
-        return InferenceError(f"the answer is incomplete ({sentence})", transient=True)
+        return InferenceError(f"the response is incomplete ({sentence})", transient=True)
 
     def _proxy_hint(self, error: Exception | None = None) -> str:
-        """Return which proxy gRPC uses, which does so by itself, if it cannot be reached through that."""
+        """Return a hint about the proxy that gRPC takes from the environment, if it may be the cause of the error."""
         if not self._is_grpc or self._is_loopback() or (error and "failed to connect" not in str(error)):
             return ""
         used = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), None)
@@ -292,7 +292,7 @@ class Connection:
         options = [
             ("grpc.max_send_message_length", -1),
             ("grpc.max_receive_message_length", -1),
-            # Without a limit, gRPC waits up to two minutes before it looks for a server that was restarted.
+            # By default, gRPC waits up to two minutes before it reconnects to a server that was restarted.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 2000),
             ("grpc.enable_http_proxy", int(not self._is_loopback())),  # no proxy can reach this machine's loopback
@@ -303,7 +303,7 @@ class Connection:
 
 
 def _system_certificates() -> str | None:
-    """Return the file with the CAs that the system trusts, for both protocols, whose libraries bring others along."""
+    """Return the file with the system's CAs. The libraries of both protocols would use their own."""
     files = ssl.get_default_verify_paths().cafile, "/etc/ssl/certs/ca-certificates.crt"
     return next((file for file in files if file and Path(file).exists()), None)
 
@@ -320,12 +320,12 @@ def _check_certificates(ca_file: Path) -> str:
 
 
 def explain(error: Exception) -> str:
-    """Return the one line of an error that says what is wrong. PyTriton and Triton wrap it into tracebacks."""
+    """Return the relevant line of an error, which PyTriton and Triton wrap in tracebacks."""
     said = error.message() if isinstance(error, InferenceServerException) else str(error)
     text = said.split("\nAt:\n")[0].strip() or type(error).__name__
     if "Exceeds maximum queue size" in text:
         return "the server is busy and its queue is full: send the photo again later"
-    if "while decoding the response" in text:  # a page of something else, such as a load balancer
-        return f"the answer is not Triton's, HTTP status {error.status()}"
+    if "while decoding the response" in text:  # such as a load balancer's page
+        return f"the response is not from Triton (HTTP status {error.status()})"
     found = re.search(r"(InvalidRequest|InferenceFailed): (.*)", text)
     return found[2] if found else text.splitlines()[-1].strip()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request asks for: reads its photo and parameters, and rejects what is wrong with a sentence for the client."""
+"""Turns a request into a job: reads its photo and parameters. If one is invalid, the error tells the client why."""
 
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,16 +21,16 @@ MAX_SIDE = {"jpeg": 65_500, "png": 1_000_000, "webp": 16_383}  # in pixels; limi
 
 @dataclass(frozen=True)
 class ImageEncoding:
-    """What an image file contains, and how it is encoded."""
+    """The content and the encoding of an image file."""
 
     format: str  # a key of DEFAULT_QUALITY
     quality: int  # 1 to 100
     content: str = "segmented"  # one of CONTENTS
-    edge: float = 0  # by how much the probability differs between transparent and opaque; 0: a hard edge
+    edge: float = 0  # width of the transition in the alpha channel, in units of probability; 0: a hard edge
 
     @property
     def source(self) -> str:
-        """Return the name of what is encoded: an output, or ``soft_cut_out``."""
+        """Return the name of the image to encode: an output, or ``soft_cut_out``."""
         return "soft_cut_out" if self.edge else self.content
 
     def check_size(self, width: int, height: int) -> None:
@@ -38,14 +38,14 @@ class ImageEncoding:
         if max(width, height) > MAX_SIDE[self.format]:
             advice = "set format to png, or " * (max(width, height) <= MAX_SIDE["png"]) + "scale the photo down"
             raise InvalidRequest(
-                f"a {self.format} file can be at most {MAX_SIDE[self.format]} pixels wide and high, but the photo is "
-                f"{width} x {height}: {advice}"
+                f"the width and height of a {self.format} file are limited to {MAX_SIDE[self.format]} pixels, but the "
+                f"photo is {width} x {height}: {advice}"
             )
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a request asks for."""
+    """A valid request."""
 
     photo: Photo
     classes: Sequence[int]
@@ -54,7 +54,7 @@ class Job:
     encoding: ImageEncoding | None = None  # of the output "encoded", if it is one of the outputs
 
     def needs(self, *outputs: str) -> bool:
-        """Return whether one of these has to be computed: to be returned, or to be encoded."""
+        """Return whether one of these has to be computed, to return it or to encode it."""
         return any(name in self.outputs or (self.encoding and name == self.encoding.source) for name in outputs)
 
 
@@ -64,10 +64,10 @@ def read_job(
     class_indices: Callable[[str], Sequence[int]],
     options: argparse.Namespace,
 ) -> Job:
-    """Return what a request for these outputs asks for. Raises InvalidRequest.
+    """Return the job of a request for these outputs. Raises InvalidRequest.
 
     ``class_indices`` turns the names of classes into their indices, or raises ValueError with the valid names.
-    ``options`` have the maximum number of pixels, and the default class and threshold.
+    ``options`` has the maximum number of pixels, and the default class and threshold.
     """
     try:
         photo = read_photo(request["image"], options.max_pixels)
@@ -116,7 +116,7 @@ def _read_number(
     parameters: Mapping[str, object], name: str, low: int, high: int, default: float, whole: bool = False
 ) -> float:
     value = parameters.get(name, default)
-    # Any number may arrive as a float, because JSON and gRPC clients may send it as a double.
+    # Whole numbers may arrive as floats: JSON and gRPC clients may send a double.
     if type(value) not in (int, float) or not low <= value <= high or (whole and value != int(value)):
         kind = "whole number" if whole else "number"
         raise InvalidRequest(f"{name} must be a {kind} between {low} and {high}, not {shorten(value)}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps of a whole photo, made from the network's probabilities with torch, on any device.
+"""Maps of the photo's size, computed from the network's probabilities with torch, on any device.
 
 All of them interpolate linearly, as :class:`pipelines.Postprocess` does, and are computed only for requests that name
-them. At 25 megapixels the probabilities of 21 classes would take 2.1 GB, so that they are enlarged in bands of rows.
+them. At 25 megapixels, the probabilities of 21 classes would take 2.1 GB, so they are enlarged in bands of rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn.functional import interpolate
 
-# Of a band, for each class. On a CPU, 21 classes of this size fit into its cache: with bands of 4 times the size, they
-# took 3 times as long. On a GPU, fewer and larger bands keep it busy.
+# The size of a band, for each class. On a CPU, 21 classes of this size fit into the cache; bands of 4 times the size
+# took 3 times as long. A GPU needs fewer and larger bands to be busy.
 BAND_PIXELS = {"cpu": 1 << 17, "cuda": 1 << 20}
 
 
@@ -23,9 +23,9 @@ def probability_map(probability: torch.Tensor, size: Sequence[int]) -> torch.Ten
 def label_map(probabilities: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Return the index of the most probable class in each pixel, uint8 ``[H, W]``.
 
-    ``probabilities`` is float32 ``[C, S, S]`` with 256 classes at most, and ``size`` the height and width.
+    ``probabilities`` is float32 ``[C, S, S]`` with up to 256 classes, and ``size`` is the height and width.
     """
-    # The same as argmax, which takes 7 times as long on a CPU.
+    # Not argmax, which takes 7 times as long on a CPU.
     return _enlarge(probabilities, size, lambda band: band.max(dim=0).indices)
 
 
@@ -38,7 +38,7 @@ def soft_cut_out(photo: object, probability: torch.Tensor, threshold: float, edg
     """
     photo = torch.from_dlpack(photo)
     low, high = max(0, threshold - edge / 2), min(1, threshold + edge / 2)
-    slope = 255 / max(high - low, 1e-6)  # also if the edge is too narrow for a float
+    slope = 255 / max(high - low, 1e-6)  # the edge may be too narrow for a float
     alpha = _enlarge(probability[None], photo.shape[:2], lambda band: (slope * (band[0] - low)).round_().clamp_(0, 255))
     alpha = alpha[..., None]
     return torch.cat([photo * (alpha > 0), alpha], dim=2)
@@ -54,12 +54,12 @@ def _enlarge(maps: torch.Tensor, size: Sequence[int], combine: Callable[[torch.T
     band_pixels = BAND_PIXELS[maps.device.type]
     if width > max(height, band_pixels):  # a single row would be too large
         return _enlarge(maps.mT, (width, height), combine).mT.contiguous()
-    if width < source_width:  # so that the rows of a narrow photo are no longer than necessary
+    if width < source_width:  # a narrow photo needs no longer rows
         maps = interpolate(maps[None], size=(source_height, width), mode="bilinear")[0]
     combined = torch.empty(height, width, dtype=torch.uint8, device=maps.device)
     count = max(1, band_pixels // width)
     for band, rows in zip(combined.split(count), torch.arange(height, device=maps.device).split(count), strict=True):
-        # The centers of pixels are at half, and values repeat beyond the edge.
+        # Pixel centers are at half-integers, and values repeat beyond the edge.
         position = ((rows.double() + 0.5) * (source_height / height) - 0.5).clamp_(0, source_height - 1)
         below = position.long()
         above = (below + 1).clamp_(max=source_height - 1)

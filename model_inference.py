@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network: one of torchvision's segmentation networks, prepared for inference.
 
-Needs neither Triton nor DALI::
+Usable without Triton and DALI::
 
     state_dict = load_weights("auto", "deeplabv3_resnet101")  # from weights.loading
     network = SegmentationNetwork("deeplabv3_resnet101", state_dict, torch.device("cpu"))
@@ -22,7 +22,7 @@ from torchvision.models import WeightsEnum, get_model, get_model_weights
 
 from serving.errors import UsageError
 
-MIN_SPEEDUP = 1.25  # of bf16 on a CPU, to choose it: with fast instructions it is 1.7 and more, otherwise 1.1 at most
+MIN_SPEEDUP = 1.25  # to choose bf16 on a CPU: fast instructions speed it up by 1.7 or more, others by up to 1.1
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,8 +35,8 @@ def pretrained_weights(name: str) -> WeightsEnum:
 
 
 def empty_module(name: str) -> torch.nn.Module:
-    """Return torchvision's network called ``name`` without its auxiliary head, with shapes but no values."""
-    # On the meta device nothing is allocated, and no time goes into random values that the weights replace.
+    """Return torchvision's network called ``name`` without its auxiliary head, with shapes but without values."""
+    # The meta device allocates no memory, and draws no random values, which the weights would replace.
     with torch.device("meta"):
         class_count = len(pretrained_weights(name).meta["categories"])
         return get_model(name, weights=None, weights_backbone=None, num_classes=class_count, aux_loss=False)
@@ -50,7 +50,7 @@ def build_module(name: str, state_dict: dict[str, torch.Tensor]) -> torch.nn.Mod
 
 
 class ConvReLU(torch.nn.Module):
-    """A convolution and the ReLU behind it as one kernel of cuDNN, with an addition in between if there is one."""
+    """A convolution, an optional residual addition and a ReLU, as one kernel of cuDNN."""
 
     def __init__(self, conv: torch.nn.Conv2d):
         super().__init__()
@@ -66,7 +66,7 @@ class ConvReLU(torch.nn.Module):
 
 
 def fuse_relu(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """Fuse each ReLU with the convolution before it, in place. The result needs a GPU, and takes a third less time."""
+    """Fuse each ReLU with the convolution before it, in place. The result runs on a GPU only, in a third less time."""
     modules = dict(module.named_modules())
     for relu in list(module.graph.nodes):
         if relu.op != "call_module" or not isinstance(modules[relu.target], torch.nn.ReLU):
@@ -95,19 +95,19 @@ class SegmentationNetwork:
         self.device = device
         self.precision = precision
         self.class_names: list[str] = pretrained_weights(name).meta["categories"]
-        # Fuses each batch normalization into the convolution before it, in fp32 and so without loss.
+        # Fuses each batch normalization into the convolution before it, in fp32, so without loss of precision.
         module = fuse(build_module(name, state_dict))
         if device.type == "cuda" and precision != "fp32":
-            # In fp32, one of cuDNN's kernels turned NaN into 0 (H200), which would hide a wrong result.
+            # Not in fp32: one of cuDNN's kernels turned NaN into 0 (H200), which would hide a wrong result.
             module = fuse_relu(module)
         self._module = module.to(device, PRECISIONS[precision], memory_format=torch.channels_last)
         self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.cuda.CUDAGraph]] = {}
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the probability of each class in each pixel. With CUDA graphs, it is valid until the next call.
+        """Return the probability of each class in each pixel. With CUDA graphs, the next call overwrites it.
 
         ``images`` is float32 ``[N, 3, S, S]`` on any device: RGB, normalized with ImageNet's mean and standard
-        deviation. Returns float32 ``[N, classes, S, S]`` on the network's device, which adds up to 1 in each pixel.
+        deviation. Returns float32 ``[N, classes, S, S]`` on the network's device; the classes of a pixel add up to 1.
         """
         count = len(images)
         size = next((size for size in sorted(self._graphs) if size >= count), None)
@@ -126,14 +126,14 @@ class SegmentationNetwork:
     def capture_graphs(self, input_size: int, max_batch_size: int) -> None:
         """Capture CUDA graphs, on torch's current stream, which must not be the default one.
 
-        A graph is one launch instead of hundreds. Each replays one batch size, for images of ``input_size`` squared. A
-        call uses the smallest graph that holds its batch, and runs without a graph if there is none.
+        A graph is one launch instead of hundreds, for one batch size and images of ``input_size`` squared. A call uses
+        the smallest graph that fits its batch, and runs without a graph if there is none.
         """
         sizes = {1 << exponent for exponent in range(max_batch_size.bit_length())} | {max_batch_size}
         pool = None
-        for size in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
+        for size in sorted(sizes, reverse=True):  # the largest first: the others reuse its memory
             images = torch.zeros(size, 3, input_size, input_size, device=self.device)
-            for _ in range(2):  # cuDNN chooses its algorithms now, because it cannot do so during a capture
+            for _ in range(2):  # warm up: cuDNN cannot choose its algorithms during a capture
                 self._infer(images)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(self.device)):
@@ -150,13 +150,13 @@ class SegmentationNetwork:
         return [self.class_names.index(name) for name in dict.fromkeys(wanted)]
 
     def overflows(self, input_size: int) -> bool:
-        """Return whether activations overflow at this precision, tested with an image of noise."""
+        """Return whether this precision overflows, tested with an image of random noise."""
         image = torch.randn(1, 3, input_size, input_size, generator=torch.Generator().manual_seed(0))
         return not bool(self(image).isfinite().all())
 
 
 def add_classes(probabilities: torch.Tensor, classes: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return the probability of the classes that are requested for each image, added up, float32 ``[N, S, S]``.
+    """Return the sum of the probabilities of each image's requested classes, float32 ``[N, S, S]``.
 
     ``probabilities`` is float32 ``[N, C, S, S]``, and ``classes`` has one index or more for each image.
     """
@@ -172,7 +172,7 @@ def load_network(
     input_size: int,
     max_batch_size: int = 1,
 ) -> SegmentationNetwork:
-    """Load the network in the given precision (``auto`` picks one) and, on a GPU, capture CUDA graphs.
+    """Load the network at this precision (``auto`` picks one) and, on a GPU, capture CUDA graphs.
 
     Raises UsageError if the weights are too large for the precision.
     """
@@ -180,7 +180,7 @@ def load_network(
     network = SegmentationNetwork(name, state_dict, device, chosen)
     if chosen == "fp16" and network.overflows(input_size):
         if precision == "fp16":
-            raise UsageError("--precision fp16 is too small for these weights: use bf16, fp32 or auto")
+            raise UsageError("--precision fp16 overflows with these weights: use bf16, fp32 or auto")
         LOGGER.warning("FP16 OVERFLOW: the weights are too large for fp16. Using fp32, which is slower; try bf16.")
         network = SegmentationNetwork(name, state_dict, device, "fp32")
     LOGGER.info("precision: %s", network.precision)
@@ -192,9 +192,9 @@ def load_network(
 def pick_precision(device: torch.device) -> str:
     """Return the precision for ``--precision auto``.
 
-    On a GPU with tensor cores it is fp16, as fast as bf16 and closer to fp32: the masks of the samples overlap with
-    those of fp32 by 0.997 and more, with bf16 by 0.987 (intersection over union, H200). On a CPU it is bf16 if that is
-    faster by a clear margin, so that restarts agree.
+    On a GPU with tensor cores it is fp16, as fast as bf16 and closer to fp32: on the samples, the masks in fp16 have an
+    intersection over union of 0.997 or more with those in fp32, and in bf16 of 0.987 (H200). On a CPU it is bf16 if
+    that is faster by a clear margin, so that a restart makes the same choice.
     """
     if device.type == "cuda":
         return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
@@ -207,8 +207,8 @@ def pick_precision(device: torch.device) -> str:
 def measure_bf16_speedup() -> float:
     """Return how many times as fast one core of this CPU is with bf16 as with fp32, after half a second.
 
-    The CPU's flags do not tell: of the CPUs with AVX-512 instructions for bf16, some are slower with it. Measured are
-    the convolutions of one of the 23 blocks in which a ResNet-101 spends most of its time.
+    The CPU's flags do not tell: some CPUs with AVX-512 instructions for bf16 are slower with it. This measures the
+    convolutions of one of the 23 blocks in which a ResNet-101 spends most of its time.
     """
     convolutions = ((1024, 256, 1, 1), (256, 256, 3, 2), (256, 1024, 1, 1))  # channels, kernel size, dilation
     block = torch.nn.Sequential(
@@ -216,7 +216,7 @@ def measure_bf16_speedup() -> float:
     )
     fastest = dict.fromkeys(("fp32", "bf16"), math.inf)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # whose own time, without that of other processes, can be measured
+    torch.set_num_threads(1)  # so that thread_time covers all of the work, and nothing else
     deadline = time.perf_counter() + 0.5
     while time.perf_counter() < deadline:
         for precision in fastest:

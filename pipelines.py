@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two DALI pipelines around the network. They need neither Triton nor the network.
+"""The two DALI pipelines around the network. Usable without Triton and the network.
 
 Both work on batches of photos that differ in size. Neither class is thread-safe.
 """
@@ -16,12 +16,12 @@ from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 from photo import Photo
 from serving.errors import InvalidRequest
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0 to 1, with which torchvision's weights were trained
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0 to 1, as in the training of torchvision's weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# The statuses of nvImageCodec that blame the file: invalid parameter, bad or unsupported code stream, as seen by a
-# codec or an extension. The others are about memory, CUDA and the library itself. The first two phrases are what its
-# parsers say about some damaged headers.
+# Errors of nvImageCodec that mean that the file is at fault. The first two phrases are from its parsers, about some
+# damaged headers. The statuses are invalid parameter, and bad or unsupported code stream, from a codec or an extension.
+# All other statuses mean a failure of memory, CUDA or the library.
 DECODING_ERROR = re.compile(r"Failed to decode|Invalid sample_type|nvImageCodec failure: '#(2|3|4|9|13|17|19)'")
 
 NVJPEG = {
@@ -41,13 +41,13 @@ class Preprocess:
     def __init__(self, device: torch.device, input_size: int, max_batch_size: int = 1, jpeg_hardware: bool = False):
         """``input_size`` is the width and height of the network's input in pixels.
 
-        ``jpeg_hardware`` makes the GPU's hardware decode JPEGs, for trusted clients only: if the data of a JPEG is
-        damaged, it leaves a part of the photo as it was in memory, with pixels of an earlier photo. nvJPEG's other
-        decoders notice the damage.
+        ``jpeg_hardware`` lets the GPU's hardware decode JPEGs, for trusted clients only: it does not notice damage in
+        the data of a JPEG, and leaves a part of the photo uninitialized, with pixels of an earlier photo. nvJPEG's
+        other decoders notice the damage.
         """
         self._device = device
         on_gpu, options = device.type == "cuda", _pipeline_options(device, max_batch_size)
-        # Each condition in a pipeline takes time, also if it never holds. Most batches need none.
+        # A condition in a pipeline takes time even if it is never true. Most batches need none.
         self._common, self._general = (
             _preprocess_pipeline(on_gpu, general, jpeg_hardware, input_size, **options) for general in (False, True)
         )
@@ -71,23 +71,23 @@ class Preprocess:
         try:
             decoded, images = pipeline.run(_current_stream(self._device), **inputs)
         except RuntimeError as error:
-            # DALI raises RuntimeError for everything. The pipeline stays usable after an error of the decoder.
+            # DALI raises RuntimeError for every failure. After a decoder's error, the pipeline is still usable.
             if not DECODING_ERROR.search(str(error)):
                 raise
             raise InvalidRequest(
-                "the photo cannot be decoded: it is damaged, or uses a variant that DALI does not support"
+                "the photo cannot be decoded: it is damaged, or of a variant that DALI does not support"
             ) from None
         return decoded, torch.from_dlpack(images.as_tensor())
 
 
 class Postprocess:
-    """Resize the probability to the size of the photo, and cut out what exceeds the threshold."""
+    """Resize the probability to the size of the photo, and keep the pixels that exceed the threshold."""
 
     def __init__(self, device: torch.device, max_batch_size: int = 1):
         self._device = device
         self._options = {"device": "cpu", **_pipeline_options(device, max_batch_size)}
         if device.type == "cuda":
-            # One thread: there is nothing for the CPU to do, and waking threads takes time.
+            # One thread: all operators run on the GPU, and waking idle threads takes time.
             self._options |= {"device": "gpu", "num_threads": 1}
         self._pipeline: Pipeline | None = None
 
@@ -104,8 +104,8 @@ class Postprocess:
         if probability.device.type == "cpu":
             # Fed a torch tensor, DALI asks torch for a CUDA stream, which does not exist without a GPU.
             probability = probability.numpy()
-        # A pipeline that failed is not used again. What was fed before the error, such as the photos, is still in it,
-        # and would become part of the next answer.
+        # Discard a pipeline that fails: inputs that were fed before the error, such as the photos, are still in it, and
+        # would become part of the next response.
         pipeline, self._pipeline = self._pipeline or _postprocess_pipeline(**self._options), None
         outputs = pipeline.run(
             _current_stream(self._device),
@@ -155,7 +155,7 @@ def _postprocess_pipeline(device: str):
     probability = fn.external_source(name="probability", device=device, dtype=types.FLOAT, ndim=3, layout="HWC")
     threshold = fn.external_source(name="threshold", dtype=types.FLOAT, ndim=0)
     size = photo.shape(dtype=types.FLOAT, device="cpu")[:2]
-    # Without antialiasing, as torch's interpolate does it: it matters if the photo is smaller than the network's input.
+    # Without antialiasing, as in torch's interpolate. This matters if the photo is smaller than the network's input.
     probability = fn.resize(probability, size=size, interp_type=types.INTERP_LINEAR, antialias=False)
     mask = (probability > threshold) * types.Constant(255, dtype=types.UINT8)
     return photo & mask, fn.squeeze(mask, axes=2)
@@ -165,14 +165,14 @@ def _decode(encoded, **options):
     return fn.decoders.image(
         encoded,
         output_type=types.RGB,
-        jpeg_fancy_upsampling=True,  # as every viewer does it; otherwise, the colors of 4:2:0 JPEGs differ visibly
-        adjust_orientation=False,  # photo/ has read it
+        jpeg_fancy_upsampling=True,  # as in every viewer; otherwise, the colors of 4:2:0 JPEGs differ visibly
+        adjust_orientation=False,  # photo/ has read the orientation
         **options,
     )
 
 
 def _pipeline_options(device: torch.device, max_batch_size: int) -> dict:
-    # A prefetch queue of one: each call feeds, runs and returns one batch.
+    # No prefetching: each call feeds, runs and returns one batch.
     return {
         "batch_size": max_batch_size,
         "num_threads": min(max_batch_size, os.cpu_count() or 1),

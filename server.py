@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a segmentation network with PyTriton and NVIDIA DALI: send a photo, get it back with one class cut out.
+"""Serve a segmentation network with PyTriton and NVIDIA DALI: send a photo, get back the pixels of one class.
 
     python server.py [--help]
 
-Read it from top to bottom: the contract, the three stages, the command line, and how the model is bound and served.
-What any server needs in production, such as processes, batching, shared memory and signals, is in serving/.
+Read it from top to bottom: the contract, the stages, the command line, and main(), which binds and serves the model.
+Processes, batching, shared memory and signals, which any server needs in production, are in serving/.
 """
 
 import argparse
@@ -20,22 +20,22 @@ from serving import Checked, InferenceFailed, Server, Stages, UsageError
 from serving.options import add_serving_options, make_parser, number
 
 # torch, torchvision and DALI take seconds to import. They are imported where they are used, in the worker process, so
-# that a mistake on the command line is answered at once.
+# that an error on the command line is reported immediately.
 
-# The contract: what clients send and get, and with which network. jobs.py has the parameters. Change this and the class
-# below to serve another network; see docs/your-own-network.md.
+# The contract: the model's name, its network, its inputs and its outputs. jobs.py has the parameters. To serve another
+# network, change this and the class below; see docs/your-own-network.md.
 MODEL_NAME = "ResNet101"
-NETWORK = "deeplabv3_resnet101"  # torchvision's name; its pretrained weights come with the names of the classes
+NETWORK = "deeplabv3_resnet101"  # torchvision's name; the pretrained weights include the names of the classes
 INPUTS = [
     Tensor(name="image", dtype=np.uint8, shape=(-1,)),  # the bytes of an encoded photo
 ]
 OUTPUTS = [
     Tensor(name="original", dtype=np.uint8, shape=(-1, -1, 3)),  # the decoded photo, RGB, upright
-    Tensor(name="segmented", dtype=np.uint8, shape=(-1, -1, 3)),  # the photo where the class is, 0 elsewhere
+    Tensor(name="segmented", dtype=np.uint8, shape=(-1, -1, 3)),  # the photo's pixels of the class, 0 elsewhere
     Tensor(name="mask", dtype=np.uint8, shape=(-1, -1)),  # 255 where the class is, 0 elsewhere
     Tensor(name="probability", dtype=np.uint8, shape=(-1, -1)),  # of the class, 255 for 1
     Tensor(name="labels", dtype=np.uint8, shape=(-1, -1)),  # the index of the most probable class
-    Tensor(name="encoded", dtype=np.uint8, shape=(-1,)),  # segmented or labels as an image file
+    Tensor(name="encoded", dtype=np.uint8, shape=(-1,)),  # "segmented" or "labels" as an image file
 ]
 DEFAULT_OUTPUTS = ("original", "segmented")
 
@@ -47,7 +47,7 @@ class Segmentation(Stages):
 
     @classmethod
     def limits(cls, options: argparse.Namespace) -> tuple[int, int]:
-        """Return the maximum size of a request and of a response, which has room for the default outputs, in bytes."""
+        """Return the maximum size of a request, and of a response with the default outputs, in bytes."""
         return max_photo_bytes(options.max_pixels), 2 * 3 * options.max_pixels
 
     @classmethod
@@ -79,7 +79,7 @@ class Segmentation(Stages):
     def read(self, request: Request) -> Job:
         """Check a request before it joins a batch. Raises InvalidRequest, whose message goes to the client."""
         outputs = request.requested_output_names
-        # To the server, a request that names no outputs looks like one that names them all.
+        # Triton turns a request that names no outputs into one that names them all.
         if len(outputs) == len(OUTPUTS) and not request.parameters.keys() & FILE_PARAMETERS:
             outputs = DEFAULT_OUTPUTS
         return read_job(request, outputs, self.network.class_indices, self.options)
@@ -121,7 +121,7 @@ class Segmentation(Stages):
         with nvtx.range("encode"):
             for output, file in zip(outputs, self.encode(outputs, [job.encoding for job in jobs]), strict=True):
                 output["encoded"] = file
-        error = InferenceFailed("the network's result is not finite: start the server with --precision fp32")
+        error = InferenceFailed("the network's result is not finite: the precision of the server may be too low")
         return [
             Checked({name: output[name] for name in job.outputs}, valid, error)
             for job, output, valid in zip(jobs, outputs, finite, strict=True)
@@ -129,16 +129,16 @@ class Segmentation(Stages):
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line. A mistake ends the process with one line and status 2."""
+    """Parse the command line. An error ends the process with one line and status 2."""
     parser = make_parser("Serve a segmentation network with PyTriton and DALI.")
     add = parser.add_argument_group("segmentation").add_argument
     add(
         "--weights",
         default="auto",
-        help="pretrained (torchvision's, downloaded once), demo (knows only the two sample photos), the path of a "
+        help="pretrained (torchvision's, downloaded once), demo (recognizes only the two sample photos), the path of a "
         "state dict, or auto: pretrained, or demo if those are not available",
     )
-    add("--class-name", default="person", help="class to cut out if a request names none; several: cat,dog")
+    add("--class-name", default="person", help="class to keep if a request names none; several: cat,dog")
     add("--threshold", type=number(float, 0, 1), default=0.6, help="probability to exceed if a request sets none")
     size = number(int, 32, 2048)
     add("--input-size", type=size, default=224, help="width and height of the network's input in pixels")
@@ -146,7 +146,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="numeric precision; auto: fp16 on a GPU with tensor cores, bf16 on a CPU if faster there, fp32 otherwise",
+        help="numeric precision; auto: fp16 on a GPU with tensor cores, bf16 on a CPU if it is faster, fp32 otherwise",
     )
     add(
         "--jpeg-hardware",
@@ -159,7 +159,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Bind the model and serve it until a signal ends the server."""
+    """Bind the model, and serve it until SIGINT or SIGTERM arrives."""
     with Server(Segmentation, parse_options()) as server:
         server.bind(
             model_name=MODEL_NAME,
@@ -168,7 +168,7 @@ def main() -> None:
             infer_func=server.instances,
             inputs=INPUTS,
             outputs=OUTPUTS,
-            # Photos differ in size, and a batch of Triton's is one dense array: each request has one photo.
+            # Photos differ in size, but a batch in Triton is one dense array, so each request has one photo.
             config=ModelConfig(max_batch_size=1),
         )
         server.serve()

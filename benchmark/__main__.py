@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the server, a plain one and PyTriton itself in one run; docs/performance.md explains the report.
+"""Benchmark the server, a plain one and PyTriton itself in one run. docs/performance.md explains the report.
 
     python -m benchmark [--rows plain server] [--output benchmark.json] [--plot benchmark.png]
 
-The servers run side by side and are measured in rotation, so that other load on the machine affects all of them
+The servers run at the same time and are measured in rotation, so that other load on the machine affects all of them
 equally.
 """
 
@@ -18,25 +18,25 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmark.cases import CASES, STAGES, Case
+from benchmark.cases import CASES, STAGES_ROW, Case
 from benchmark.photos import ROOT
 
-# By the type of the device. On a CPU, requests in flight when a row's time is over take seconds to finish.
+# By the type of the device. On a CPU, the requests in flight at the end of a measurement take seconds to finish.
 DEFAULTS = {
     "cuda": {"concurrency": (1, 16, 32), "rounds": 2, "seconds": 1.5, "batch_sizes": (1, 2, 4, 8, 16)},
     "cpu": {"concurrency": (1, 8), "rounds": 1, "seconds": 3, "batch_sizes": (1, 2, 4)},
 }
-NAMES = [*(case.name for case in CASES), STAGES]
+NAMES = [*(case.name for case in CASES), STAGES_ROW]
 WARM_UP_S = 0.5
 
 progress = functools.partial(print, file=sys.stderr, flush=True)
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line. A mistake ends the process with one line and status 2."""
+    """Parse the command line. An error ends the process with one line and status 2."""
     from serving.options import device_names, make_parser, number
 
-    parser = make_parser("Measure the server, a plain one and PyTriton itself in one run.")
+    parser = make_parser("Benchmark the server, a plain one and PyTriton itself in one run.")
     parser.prog = "benchmark"
     add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
     add(
@@ -45,10 +45,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="as for server.py; the stages are measured on the first of several devices",
     )
-    add("--rows", nargs="+", metavar="NAME", choices=NAMES, help=f"what to measure, of {', '.join(NAMES)} (all)")
-    add("--concurrency", type=number(int, 1), nargs="+", metavar="N", help="photos in flight (1 16 32, on a CPU 1 8)")
-    add("--rounds", type=number(int, 1), help="how often each row is measured (2, on a CPU 1)")
-    add("--seconds", type=number(float, 0.1), help="how long each time (1.5, on a CPU 3)")
+    add("--rows", nargs="+", metavar="NAME", choices=NAMES, help=f"rows to measure: {', '.join(NAMES)} (all)")
+    add("--concurrency", type=number(int, 1), nargs="+", metavar="N", help="photos in flight (1 16 32; CPU: 1 8)")
+    add("--rounds", type=number(int, 1), help="measurements per row (2; CPU: 1)")
+    add("--seconds", type=number(float, 0.1), help="duration of each (1.5; CPU: 3)")
     add("--server", default="server.py --weights demo", help="command of the server, with its options")
     add("--output", type=Path, default=Path("benchmark.json"), help="file for the figures")
     add("--plot", type=Path, help="draw the figures into this file; needs matplotlib")
@@ -71,7 +71,7 @@ def measure_all(options: argparse.Namespace) -> dict:
     report = {"machine": describe(device), "rows": [], "stages": []}
     if cases := [case for case in CASES if case.name in options.rows]:
         report["rows"] = measure_servers(cases, device if len(devices) == 1 else ",".join(devices), options)
-    if STAGES in options.rows:
+    if STAGES_ROW in options.rows:
         from benchmark.stages import measure_stages
 
         report["stages"] = measure_stages(device, options.batch_sizes, progress)
@@ -79,30 +79,30 @@ def measure_all(options: argparse.Namespace) -> dict:
 
 
 def measure_servers(cases: Sequence[Case], device: str, options: argparse.Namespace) -> list[dict]:
-    """Ask the servers in turn. Return a row for each case and number of photos in flight."""
+    """Measure the servers in rotation. Return a row for each case and number of photos in flight."""
     from benchmark.load import measure, start_processes
     from benchmark.report import make_row
 
-    most = max(options.concurrency)
+    max_in_flight = max(options.concurrency)
     tasks = [(case, in_flight) for in_flight in options.concurrency for case in cases]
     measurements: list[list] = [[] for _ in tasks]
     names = dict.fromkeys(case.server for case in cases)
-    with running_servers(names, device, options.server) as servers, start_processes(most) as pool:
+    with running_servers(names, device, options.server) as servers, start_processes(max_in_flight) as pool:
         for case in cases:
             progress(f"warming up: {case.name}")
-            answers = measure(pool, servers[case.server], case, most, WARM_UP_S).answers
-            if errors := {answer.error for answer in answers} - {""}:
+            responses = measure(pool, servers[case.server], case, max_in_flight, WARM_UP_S).responses
+            if errors := {response.error for response in responses} - {""}:
                 progress(f"{case.name}: {errors.pop()}")
-        for number in range(options.rounds):
+        for round_index in range(options.rounds):
             for (case, in_flight), rounds in zip(tasks, measurements, strict=True):
-                progress(f"round {number + 1} of {options.rounds}: {case.name}, {in_flight} in flight")
+                progress(f"round {round_index + 1} of {options.rounds}: {case.name}, {in_flight} in flight")
                 rounds.append(measure(pool, servers[case.server], case, in_flight, options.seconds))
     return [make_row(case, in_flight, rounds) for (case, in_flight), rounds in zip(tasks, measurements, strict=True)]
 
 
 @contextlib.contextmanager
 def running_servers(names: Iterable[str], device: str, server_command: str) -> Iterator[dict]:
-    """Start the servers side by side, and yield them as LaunchedServers when all are ready."""
+    """Start the servers in parallel, and yield them as LaunchedServers when all are ready."""
     from server import MODEL_NAME
     from serving.triton import MALLOC_ENVIRONMENT
     from tools.launch import LaunchedServer
@@ -122,16 +122,16 @@ def running_servers(names: Iterable[str], device: str, server_command: str) -> I
                 server.wait_until_ready(MODEL_NAME)
             except (RuntimeError, TimeoutError) as error:
                 sys.exit(f"benchmark: {name}: {error}")
-        os.environ.update(MALLOC_ENVIRONMENT)  # makes the load cheaper; Triton's processes have it, too
+        os.environ.update(MALLOC_ENVIRONMENT)  # as for Triton's processes, to reduce the CPU time of the load
         yield servers
 
 
 def main() -> None:
-    """Measure, or read what was measured; print the tables, and draw the plot."""
+    """Measure, or read earlier measurements. Print the tables, and draw the plot."""
     options = parse_options()
     from benchmark.report import plot, tables
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves through the blocks that stop the servers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # exits the blocks that stop the servers
     try:
         report = json.loads(options.from_json.read_text()) if "from_json" in options else measure_all(options)
     except KeyboardInterrupt:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: the rows of the report."""
+"""The rows of the report."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,4 +32,4 @@ CASES = (
     Case("server/jpeg/http", "server", "http", outputs=("encoded",), parameters=JPEG),
     Case("server/png", "server", outputs=("encoded",), parameters=PNG),
 )
-STAGES = "stages"  # also a row that can be selected: the stages without Triton
+STAGES_ROW = "stages"  # another row: the stages without Triton

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server whose stages do no work, to show what everything around them can carry: it returns ready-made images.
+"""A server whose stages do no work: it returns ready-made images. Its throughput is the limit of all other parts.
 
     python -m benchmark.ceiling [--device cpu] [--frontends 2] [--http-port 8000]
 
@@ -27,8 +27,8 @@ def ready_made(size: tuple[int, int]) -> dict[str, np.ndarray]:
     }
 
 
-class Nothing(Stages):
-    """Stages that recognize a photo by its length."""
+class ReadyMade(Stages):
+    """Stages that identify a photo by its length, and return ready-made outputs."""
 
     @classmethod
     def limits(cls, _options):
@@ -41,7 +41,7 @@ class Nothing(Stages):
         return Request({"image": np.frombuffer(photos()[0], np.uint8)}, {}, None, [tensor.name for tensor in OUTPUTS])
 
     def __init__(self, _options, _device):
-        """Make the responses."""
+        """Create the outputs for each photo."""
         self._outputs = {len(photo): ready_made(size) for photo, size in zip(photos(), SIZES, strict=True)}
 
     def read(self, request):
@@ -58,7 +58,7 @@ def main() -> None:
     """Serve until a signal arrives."""
     parser = make_parser("Return ready-made images.")
     add_serving_options(parser)
-    with Server(Nothing, parser.parse_args()) as server:
+    with Server(ReadyMade, parser.parse_args()) as server:
         config = ModelConfig(max_batch_size=1)
         server.bind(model_name=MODEL_NAME, infer_func=server.instances, inputs=INPUTS, outputs=OUTPUTS, config=config)
         server.serve()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the proxy costs: the same photos directly and through it, answered with ready-made images.
+"""Measures the cost of the proxy: sends the same photos directly and through it to a server with ready-made images.
 
     python -m benchmark.door [--device cpu] [--concurrency 4] [--rounds 3] [--seconds 5]
 
@@ -71,14 +71,14 @@ def main() -> None:
         print("| | direct: photos/s | p50 | proxy: photos/s | p50 |\n| --- | ---: | ---: | ---: | ---: |")
         for case in CASES:
             rates, times = {name: [] for name in targets}, {name: [] for name in targets}
-            for number_of_round in range(options.rounds + 1):
+            for round_index in range(options.rounds + 1):
                 for name, target in targets.items():
                     measurement = measure(pool, target, case, options.concurrency, options.seconds)
-                    if errors := {answer.error for answer in measurement.answers} - {""}:
+                    if errors := {response.error for response in measurement.responses} - {""}:
                         sys.exit(f"benchmark: {case.name}, {name}: {errors.pop()}")
-                    if number_of_round:  # the first one warms up
-                        rates[name].append(len(measurement.answers) / measurement.seconds)
-                        times[name] += [answer.seconds for answer in measurement.answers]
+                    if round_index:  # the first one warms up
+                        rates[name].append(len(measurement.responses) / measurement.seconds)
+                        times[name] += [response.seconds for response in measurement.responses]
             cells = [
                 f"{statistics.mean(rates[name]):.0f} | {statistics.median(times[name]) * 1000:.1f} ms"
                 for name in targets

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The load: processes that each keep one photo in flight, over HTTP or gRPC."""
+"""Generates the load: each process keeps one photo in flight, over HTTP or gRPC."""
 
 import functools
 import signal
@@ -16,11 +16,11 @@ from client import Connection, InferenceError
 from tools.launch import LaunchedServer
 
 START_TIMEOUT_S = 120  # for all processes together
-HEAD_START_S = 0.2  # until each process has its task
+HEAD_START_S = 0.2  # for each process to get its task
 
 
-class Answer(NamedTuple):
-    """How long one photo took, and what came back."""
+class Response(NamedTuple):
+    """The duration and the size of one response."""
 
     seconds: float
     sent_bytes: int
@@ -29,15 +29,15 @@ class Answer(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """What a server did while it was measured."""
+    """The responses of a server, and its CPU time."""
 
-    answers: list[Answer]
-    seconds: float  # to the last answer
+    responses: list[Response]
+    seconds: float  # to the last response
     cpu_seconds: Counter[str]  # see cpu.py
 
 
 def start_processes(count: int) -> ProcessPoolExecutor:
-    """Return a pool whose processes have all started. Threads would compete for the interpreter lock instead."""
+    """Return a pool whose processes have all started. Threads would compete for the GIL."""
     context = get_context("spawn")
     pool = ProcessPoolExecutor(count, context, initializer=_prepare, initargs=(context.Barrier(count),))
     wait([pool.submit(int) for _ in range(count)])
@@ -52,15 +52,15 @@ def measure(
     cpu_before = cpu_seconds(server.process.pid)
     begin = time.time() + HEAD_START_S
     tasks = [pool.submit(_send, url, case, first, begin, seconds) for first in range(in_flight)]
-    answers = [answer for task in tasks for answer in task.result()]
+    responses = [response for task in tasks for response in task.result()]
     took = time.time() - begin
-    return Measurement(answers, took, cpu_seconds(server.process.pid) - cpu_before)
+    return Measurement(responses, took, cpu_seconds(server.process.pid) - cpu_before)
 
 
 def _prepare(barrier) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     photos()
-    barrier.wait(START_TIMEOUT_S)  # before that, a process that is up would take the first task of another
+    barrier.wait(START_TIMEOUT_S)  # otherwise, an early process would take a late one's task
 
 
 @functools.cache
@@ -68,17 +68,17 @@ def _connection(url: str) -> Connection:
     return Connection(url)
 
 
-def _send(url: str, case: Case, first: int, begin: float, seconds: float) -> list[Answer]:
-    """Send one photo after the other until the time is over: the sizes in turn, from number ``first`` on."""
-    answers: list[Answer] = []
+def _send(url: str, case: Case, first: int, begin: float, seconds: float) -> list[Response]:
+    """Send photos one after another until the time is over. The sizes alternate, from index ``first`` on."""
+    responses: list[Response] = []
     time.sleep(max(0.0, begin - time.time()))
     while time.time() < begin + seconds:
-        photo = photos()[(first + len(answers)) % len(photos())]
+        photo = photos()[(first + len(responses)) % len(photos())]
         began = time.perf_counter()
         try:
             arrays, error = _connection(url).infer(photo, case.outputs, case.parameters), ""
         except InferenceError as reason:
             arrays, error = {}, str(reason)
         took = time.perf_counter() - began
-        answers.append(Answer(took, len(photo), sum(array.nbytes for array in arrays.values()), error))
-    return answers
+        responses.append(Response(took, len(photo), sum(array.nbytes for array in arrays.values()), error))
+    return responses

@@ -3,7 +3,7 @@
 
     python -m benchmark.plain [--device cpu] [--http-port 8000]
 
-These are the three stages as you would first write them. The contract is that of server.py.
+A first, straightforward version of the three stages, with the contract of server.py.
 """
 
 import numpy as np
@@ -22,8 +22,8 @@ from weights.loading import load_weights
 
 
 def main() -> None:
-    """Serve until a signal arrives. Always cuts out people."""
-    parser = make_parser("Segment photos in the plain way.")
+    """Serve until a signal arrives. The class is always person."""
+    parser = make_parser("Segment photos, one at a time.")
     add_serving_options(parser)
     options, defaults = parser.parse_args(), server.parse_options([])
     device = torch.device(options.device.split(",")[0])

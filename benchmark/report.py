@@ -18,35 +18,35 @@ from benchmark.photos import SIZES
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "nvidia-pytriton", "tritonclient", "numpy")
 COLUMNS = ("name", "protocol", "outputs", "in_flight", "photos_per_s", "mb_per_s", "p50_ms", "p90_ms", "p99_ms")
-COLUMNS += ("errors", "server_cpu_ms", "answer_bytes")
+COLUMNS += ("errors", "server_cpu_ms", "response_bytes")
 
 
 def make_row(case: Case, in_flight: int, rounds: Sequence[Measurement]) -> dict:
-    """Return a row of the report. Bytes and CPU milliseconds are those of one photo, MB/s counts both directions."""
-    answers = [answer for measurement in rounds for answer in measurement.answers]
-    good = [answer for answer in answers if not answer.error]
+    """Return a row of the report. Bytes and CPU milliseconds are per photo; MB/s counts both directions."""
+    responses = [response for measurement in rounds for response in measurement.responses]
+    good = [response for response in responses if not response.error]
     count = max(1, len(good))
     seconds = sum(measurement.seconds for measurement in rounds)
     cpu = sum((measurement.cpu_seconds for measurement in rounds), Counter())
-    received = sum(answer.received_bytes for answer in good)
-    latencies = sorted(1000 * answer.seconds for answer in good) or [None]
+    received = sum(response.received_bytes for response in good)
+    latencies = sorted(1000 * response.seconds for response in good) or [None]
     percentiles = {f"p{percent}_ms": latencies[len(latencies) * percent // 100] for percent in (50, 90, 99)}
     return {
         **vars(case),
         "in_flight": in_flight,
         "photos": len(good),
-        "errors": len(answers) - len(good),
+        "errors": len(responses) - len(good),
         "photos_per_s": len(good) / seconds,
-        "mb_per_s": (received + sum(answer.sent_bytes for answer in good)) / seconds / 1e6,
+        "mb_per_s": (received + sum(response.sent_bytes for response in good)) / seconds / 1e6,
         **percentiles,
-        "answer_bytes": received / count,
+        "response_bytes": received / count,
         "server_cpu_ms": 1000 * cpu.total() / count,
         "server_cpu_ms_by_process": {kind: 1000 * used / count for kind, used in cpu.items()},
     }
 
 
 def describe(device: str) -> dict[str, object]:
-    """Return what the figures depend on."""
+    """Return the hardware and the versions of packages, on which the figures depend."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
     machine: dict[str, object] = {"device": next(iter(models), platform.machine()), "cores": psutil.cpu_count()}
@@ -81,7 +81,7 @@ def _pick(row: Mapping, keys: Sequence[str]) -> dict:
 
 
 def _table(rows: Sequence[Mapping]) -> str:
-    # Some rows lack columns, such as the worker of a server without one.
+    # Rows may lack columns: not every server has a worker.
     titles = list(dict.fromkeys(title for row in rows for title in row))
     samples = {title: value for row in rows for title, value in row.items()}
     names = {"_per_": "/", "_": " ", "mb": "MB", "cpu": "CPU"}
@@ -92,7 +92,7 @@ def _table(rows: Sequence[Mapping]) -> str:
 
 
 def _cell(value: object) -> str:
-    """Return a number with three digits or more, and names separated by commas."""
+    """Format a cell: a number with at least three digits, or names separated by commas."""
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
     return ", ".join(value) if isinstance(value, list | tuple) else "" if value is None else str(value)

@@ -15,18 +15,18 @@ from serving.channel import Channel, open_channels
 from serving.device import check_device
 from serving.executor import Executor, Job, open_memories
 
-STAGES = ("preprocess", "network", "postprocess", "encode")  # as Segmentation calls them
-EXECUTORS = {"cuda": 2, "cpu": 1}  # side by side, to keep a GPU busy
+TIMED = ("preprocess", "network", "postprocess", "encode")  # attributes of Segmentation
+EXECUTORS = {"cuda": 2, "cpu": 1}  # in parallel, to keep a GPU busy
 LOOPS = {"cuda": 12, "cpu": 2}  # how often each batch is timed
-_channels: list[Sequence[Channel]] = []  # their memory is pinned, and stays until the end of the process
-PARALLEL_S = 2.0  # how long the threads run side by side
+_channels: list[Sequence[Channel]] = []  # kept until the process ends, because their memory is pinned
+PARALLEL_S = 2.0  # duration of the parallel measurement
 
 
 def measure_stages(device: str, batch_sizes: Sequence[int], progress: Callable[[str], None]) -> list[dict]:
     """Return a row for each batch size with both raw outputs, and one for the largest batch as JPEG files.
 
-    A row has the milliseconds of each stage per batch, one after the other, and the photos per second of several
-    threads side by side, from the host's memory to the host's memory.
+    A row has the milliseconds of each stage per batch in one thread, and the photos per second of several threads in
+    parallel, from host memory to host memory.
     """
     device_type = device.split(":")[0]
     options = server.parse_options(["--weights", "demo", "--device", device])
@@ -53,7 +53,7 @@ def measure_stages(device: str, batch_sizes: Sequence[int], progress: Callable[[
 
 
 def _make_batch(executor: Executor, channels: Sequence[Channel], outputs: list[str]) -> list[Job]:
-    """Return jobs for photos of all sizes in turn."""
+    """Return a job for each channel. The sizes of the photos alternate."""
     images = [np.frombuffer(photos()[index % len(photos())], np.uint8) for index in range(len(channels))]
     return [
         executor.read(channel, {"image": image}, ({}, outputs)) for channel, image in zip(channels, images, strict=True)
@@ -61,7 +61,7 @@ def _make_batch(executor: Executor, channels: Sequence[Channel], outputs: list[s
 
 
 def _throughput(executor: Executor, batch: list[Job]) -> float:
-    """Return the photos per second of one thread that gets the same batch again and again."""
+    """Return the photos per second of one thread that computes the same batch repeatedly."""
     executor.compute(batch)
     began, count = time.perf_counter(), 0
     while time.perf_counter() < began + PARALLEL_S:
@@ -71,7 +71,7 @@ def _throughput(executor: Executor, batch: list[Job]) -> float:
 
 
 def _time_stages(executor: Executor, batch: list[Job], loops: int) -> dict[str, float]:
-    """Return the median milliseconds of each stage, and of the rest: the copy to the host. Changes the executor."""
+    """Return the median milliseconds of each stage, and of the copy to the host. Changes the executor."""
     times = defaultdict(list)
 
     def timed(name: str, call: Callable) -> Callable:
@@ -85,7 +85,7 @@ def _time_stages(executor: Executor, batch: list[Job], loops: int) -> dict[str, 
 
         return wrapper
 
-    for name in STAGES:
+    for name in TIMED:
         setattr(executor.stages, name, timed(name, getattr(executor.stages, name)))
     for _ in range(loops):
         timed("total", executor.compute)(batch)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reads inference requests before Triton does, because Triton 2.51 trusts what they say: see docs/security.md. What is
-// not known here is refused with a sentence. nginx.conf calls http() and grpc() with a complete body, which is in a file.
-// Only what stands in front of the photo is read.
+// Checks inference requests before Triton gets them, because Triton 2.51 trusts their contents: see docs/security.md.
+// Rejects anything that is not known here, with a sentence. nginx.conf calls http() and grpc() with a complete body, which
+// is in a file. Only the part before the photo is read.
 import fs from 'fs';
 
 // The contract, as in server.py and jobs.py. Parameters are text or numbers; the microseconds are Triton's own.
@@ -13,10 +13,10 @@ const PARAMETERS = {
     timeout: 'microseconds',
 };
 
-const LONGEST_HEAD = 16384;  // bytes in front of a photo
-const LONGEST_TIMEOUT = 86400e6;
-// Not one regular expression from ^ to $: in njs, $ also stands for the end in front of a line feed.
-const NO_TEXT = /[^ !#-\[\]-~]/;  // what would need an escape in JSON or in a log
+const MAX_HEAD_BYTES = 16384;  // before a photo
+const MAX_TIMEOUT = 86400e6;
+// No regular expressions from ^ to $: in njs, $ also matches before a line feed at the end.
+const NO_TEXT = /[^ !#-\[\]-~]/;  // characters that need an escape in JSON or in a log
 const NO_ID = /[^\w.:-]/;
 
 function check(condition, sentence) {
@@ -26,12 +26,12 @@ function check(condition, sentence) {
 }
 
 function check_photo(bytes) {
-    check(bytes > 0, 'the photo is missing: its bytes follow what describes the request');
+    check(bytes > 0, 'the photo is missing: send its bytes after the description of the request');
 }
 
 function check_id(id) {
     check(typeof id == 'string' && id.length <= 128 && !NO_ID.test(id),
-          'id may have up to 128 letters, digits and . : _ -');
+          'id must have up to 128 letters, digits and . : _ -');
 }
 
 function check_output(name, others) {
@@ -48,13 +48,13 @@ function check_parameter(name, value) {
     } else if (PARAMETERS[name] == 'number') {
         check(typeof value == 'number' && isFinite(value), `${name} must be a number`);
     } else {
-        check(Number.isInteger(value) && value >= 0 && value <= LONGEST_TIMEOUT,
-              `${name} must be a whole number of microseconds from 0 to ${LONGEST_TIMEOUT}`);
+        check(Number.isInteger(value) && value >= 0 && value <= MAX_TIMEOUT,
+              `${name} must be a whole number of microseconds from 0 to ${MAX_TIMEOUT}`);
     }
 }
 
-// Over HTTP, the photo follows JSON, or nothing. Triton might understand this JSON in another way, so it gets JSON that is
-// written here. It overwrites what the client wrote, so that the photo need not move.
+// Over HTTP, the body is a photo, with or without JSON before it. Triton might parse the client's JSON differently, so it
+// gets JSON from here instead, which is written over the client's, so that the photo does not move.
 
 function check_http(file, json_bytes) {
     const photo_bytes = file.size - json_bytes;
@@ -86,7 +86,7 @@ function clean_json(json, photo_bytes) {
     check_members('parameters of the input', input.parameters, ['binary_data_size']);
     check(input.name === INPUT && input.datatype === 'UINT8' && input.parameters.binary_data_size === photo_bytes &&
           JSON.stringify(input.shape) == `[1,${photo_bytes}]`,
-          `the input must be ${INPUT}, UINT8, [1, N], with N and binary_data_size the number of bytes behind the JSON`);
+          `the input must be ${INPUT}, UINT8, [1, N], with N and binary_data_size the number of bytes after the JSON`);
     members.push(`"inputs":[{"name":"${INPUT}","datatype":"UINT8","shape":[1,${photo_bytes}],` +
                  `"parameters":{"binary_data_size":${photo_bytes}}}]`);
 
@@ -117,7 +117,7 @@ function check_members(where, object, names) {
 
 function check_binary(flag) {
     check(flag === true,
-          'ask for binary data: set binary_data_output in parameters, or binary_data of each output, to true');
+          'request binary data: set binary_data_output in parameters, or binary_data of each output, to true');
 }
 
 function clean_output(output, names, binary_data_output) {
@@ -142,13 +142,13 @@ function clean_parameter(name, value) {
     let text = JSON.stringify(value);
     if (PARAMETERS[name] == 'number') {
         const scientific = value.toExponential().replace('+', '');
-        text = scientific.length < text.length ? scientific : text;  // the client may have left room for 1e-5 only
+        text = scientific.length < text.length ? scientific : text;  // the client may have written 1e-5
     }
     return `"${name}":${text}`;
 }
 
-// Over gRPC, a body is a message of protobuf, ModelInferRequest, whose last field is the photo. Protobuf lets fields come
-// in any order; its libraries write them in the order of their numbers, and only that is understood here.
+// Over gRPC, a body is a protobuf message, ModelInferRequest, whose last field is the photo. Protobuf allows fields in any
+// order. Its libraries write them in the order of their numbers, and only this order is accepted here.
 
 const LENGTH_DELIMITED = 2;
 const MODEL_NAME = 1 << 3 | LENGTH_DELIMITED, ID = 3 << 3 | LENGTH_DELIMITED, PARAMETER = 4 << 3 | LENGTH_DELIMITED;
@@ -157,7 +157,7 @@ const TENSOR = 5 << 3 | LENGTH_DELIMITED, OUTPUT = 6 << 3 | LENGTH_DELIMITED, PH
 const NAME = 1 << 3 | LENGTH_DELIMITED, DATATYPE = 2 << 3 | LENGTH_DELIMITED, SHAPE = 3 << 3 | LENGTH_DELIMITED;
 const VALUE = 2 << 3 | LENGTH_DELIMITED;
 const INT64 = 2 << 3, STRING = 3 << 3 | LENGTH_DELIMITED, DOUBLE = 4 << 3 | 1;
-const MALFORMED = 'the message is malformed, or too long in front of the photo';
+const MALFORMED = 'the message is malformed, or too long before the photo';
 
 function check_grpc(file) {
     check(file.size > 5 && file.head[0] == 0 && file.head.readUInt32BE(1) == file.size - 5,
@@ -177,7 +177,7 @@ function check_grpc(file) {
         } else if (tag == PARAMETER) {
             parameters.push(check_entry(bytes, parameters));
         } else {
-            check(tag == OUTPUT, 'the message has a field that is not known here');
+            check(tag == OUTPUT, 'the message has an unknown field');
             const name = bytes.slice(2).toString();
             check_output(name, outputs);
             check(bytes.equals(field(NAME, name)), `the output ${name} may have its name, and nothing else`);
@@ -205,7 +205,7 @@ function check_entry(bytes, others) {
         check_parameter(name, value.bytes().toString());
     } else if (tag == INT64) {
         const number = value.varint();
-        check_parameter(name, number < Math.pow(2, 63) ? number : -1);  // all negative numbers are alike here
+        check_parameter(name, number < Math.pow(2, 63) ? number : -1);  // stands for all negative numbers
     } else {
         check_parameter(name, tag == DOUBLE ? value.double() : undefined);
     }
@@ -214,7 +214,7 @@ function check_entry(bytes, others) {
     return name;
 }
 
-// Reads a message of protobuf.
+// Reads a protobuf message.
 function Reader(buffer) {
     this.buffer = buffer;
     this.at = 0;
@@ -254,7 +254,7 @@ Reader.prototype.double = function () {
     return this.take(8).readDoubleLE();
 };
 
-// Write a message of protobuf: a number, and a field that is a string or the bytes in a list.
+// Write parts of a protobuf message: a number, and a field that is a string or a list of bytes.
 function varint(value) {
     return value < 128 ? [value] : [128 + value % 128].concat(varint(Math.floor(value / 128)));
 }
@@ -263,57 +263,57 @@ function field(tag, content) {
     return Buffer.concat([Buffer.from([tag, content.length]), Buffer.from(content)]);
 }
 
-// Triton resets a call if it cannot read some of its headers. nginx takes that for a fault of the server, and gives no
-// calls to this server for 10 s. Of the names that gRPC reserves, these are what its clients send.
+// Triton resets a call if it cannot parse some of its headers. nginx takes this for a fault of the server, and sends it no
+// calls for 10 s. Of the headers that gRPC reserves, its clients send these.
 const GRPC = 'application/grpc';
 const GRPC_HEADERS = ['grpc-timeout', 'grpc-encoding', 'grpc-accept-encoding'];
 
 function check_grpc_header(name, value) {
     check(GRPC_HEADERS.includes(name) || !name.startsWith('grpc-') && !name.endsWith('-bin'),
-          `of the headers grpc-... and ...-bin, the proxy lets through ${GRPC_HEADERS.join(', ')} only`);
+          `of the headers grpc-... and ...-bin, the proxy accepts only ${GRPC_HEADERS.join(', ')}`);
     if (name == 'grpc-timeout') {
-        const number = value.slice(0, -1), unit = value.slice(-1);
-        check(number && number.length <= 8 && !/\D/.test(number) && 'HMSmun'.includes(unit),
+        const digits = value.slice(0, -1), unit = value.slice(-1);
+        check(digits && digits.length <= 8 && !/\D/.test(digits) && 'HMSmun'.includes(unit),
               'grpc-timeout must be a number of up to 8 digits, and a unit');
     } else if (name == 'content-type') {
         check(value.startsWith(GRPC) && ['', '+', ';'].includes(value.charAt(GRPC.length)), `content-type must be ${GRPC}`);
     }
 }
 
-// The value of a variable in nginx.conf. If this fails, it is empty, and the call is refused, too.
+// The value of a variable in nginx.conf: if a header is invalid, it is empty, and nginx rejects the call.
 function grpc_headers(r) {
     try {
         r.rawHeadersIn.forEach(header => check_grpc_header(header[0].toLowerCase(), header[1]));
         return 'valid';
     } catch (error) {
-        refuse(r, error);
+        reject(r, error);
         return '';
     }
 }
 
-// Set what the client is told.
-function refuse(r, error) {
+// Set the error message for the client.
+function reject(r, error) {
     if (typeof error != 'string') {
         throw error;
     }
-    r.variables.refusal = error;
+    r.variables.rejection = error;
 }
 
-// Hand a request to a location if a check of its body does not refuse it.
+// Check the body of a request, and pass it to a location or reject it.
 function examine(r, check_body, location) {
     try {
         const path = r.variables.request_body_file;
         check_photo(path ? 1 : 0);
         const descriptor = fs.openSync(path, 'r+');
         try {
-            const head = Buffer.alloc(LONGEST_HEAD);
-            const length = fs.readSync(descriptor, head, 0, LONGEST_HEAD, 0);
+            const head = Buffer.alloc(MAX_HEAD_BYTES);
+            const length = fs.readSync(descriptor, head, 0, MAX_HEAD_BYTES, 0);
             check_body({descriptor, head: head.slice(0, length), size: fs.fstatSync(descriptor).size});
         } finally {
             fs.closeSync(descriptor);
         }
     } catch (error) {
-        refuse(r, error);
+        reject(r, error);
         r.return(400);
         return;
     }
@@ -329,7 +329,7 @@ function grpc(r) {
     examine(r, check_grpc, '@grpc_servers');
 }
 
-// The folder of nginx.conf, with a slash at the end.
+// The folder of nginx.conf, with a trailing slash.
 function folder() {
     return ngx.conf_prefix;
 }

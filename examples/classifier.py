@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a classifier with PyTriton and NVIDIA DALI: send a photo, get the names of what is in it.
+"""Serve a classifier with PyTriton and NVIDIA DALI: send a photo, get its most probable labels.
 
     python examples/classifier.py [--help]
 
@@ -38,7 +38,7 @@ MAX_LABEL_BYTES = 100
 
 @dataclass(frozen=True)
 class Job:
-    """What a request asks for."""
+    """A valid request."""
 
     photo: Photo
     top: int
@@ -124,7 +124,7 @@ def load_network(weights: str):
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line. A mistake ends the process with one line and status 2."""
+    """Parse the command line. An error ends the process with one line and status 2."""
     parser = make_parser("Serve a classifier with PyTriton and DALI.")
     add = parser.add_argument_group("classification").add_argument
     add("--weights", default="IMAGENET1K_V2", help="torchvision's, downloaded once, or the path of a state dict")

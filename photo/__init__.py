@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads an encoded photo, and rejects it or rebuilds it for the decoder. Nothing else interprets what a client sent.
+"""Reads an encoded photo, and rejects it or rebuilds it for the decoder. No other code parses clients' files.
 
-File formats leave room for disagreement: which of two EXIF blocks counts, where a damaged segment ends, how many frames
-an animation has. If the parsers of a decoder disagree about a photo, one allocates memory for its pixels, and another
-writes beyond it, or leaves a part of it unwritten, with the pixels of an earlier photo. So this package reads the file
-once, and writes a new one that holds a single still image. Metadata, previews, further pictures, and whatever is not
-understood here never reach a decoder.
+Parsers disagree about ambiguous files: which of two EXIF blocks counts, where a damaged segment ends, how many frames
+an animation has. If the parsers of one decoder disagree, the first allocates memory for the pixels, and the second
+writes beyond it, or leaves a part of it unwritten, with the pixels of an earlier photo. Therefore, this package reads
+the file once, and writes a new one with a single still image. Metadata, previews, further pictures and unknown segments
+never reach a decoder.
 
-The orientation is that of the first EXIF block, as in most viewers. The new file does not contain it: Preprocess turns
-the pixels.
+The orientation is that of the first EXIF block, as in most viewers. The new file does not contain it: Preprocess
+rotates the pixels.
 """
 
 import io
@@ -23,7 +23,7 @@ from photo.jpeg import read_jpeg
 from photo.png import SIGNATURE, read_png
 from photo.webp import read_webp
 
-# A JPEG of pure noise at the highest quality has 2 bytes per pixel (with 4:2:0 colors). A camera adds a header.
+# The worst case is a JPEG of noise at the highest quality: 2 bytes per pixel (with 4:2:0 colors) and a large header.
 MAX_BYTES_PER_PIXEL = 2
 MAX_HEADER_BYTES = 1 << 20
 
@@ -31,12 +31,12 @@ __all__ = ["InvalidPhoto", "Photo", "blank_photo", "max_photo_bytes", "read_phot
 
 
 def max_photo_bytes(max_pixels: int) -> int:
-    """Return the largest number of bytes that an encoded photo may have."""
+    """Return the maximum size of an encoded photo in bytes."""
     return max_pixels * MAX_BYTES_PER_PIXEL + MAX_HEADER_BYTES
 
 
 def blank_photo(max_pixels: int) -> np.ndarray:
-    """Return the bytes of a JPEG to warm up with, uint8 ``[N]``, which has at most a quarter of these pixels."""
+    """Return a JPEG for warming up, uint8 ``[N]``, with up to a quarter of this number of pixels."""
     side = max(1, isqrt(max_pixels // 4))
     stream = io.BytesIO()
     Image.new("RGB", (min(640, side), min(480, side))).save(stream, "JPEG")

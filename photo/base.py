@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the formats have in common: the result, the limits, the sentences, and the orientation in EXIF."""
+"""Code that the formats share: the result, the limits, the errors, and the orientation in EXIF."""
 
 import struct
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MAX_SEGMENTS = 20_000  # of a JPEG, or chunks of a PNG or WebP; reading one takes about a microsecond
-MAX_EXIF_BYTES = 1 << 16  # as many as a JPEG can have
+MAX_EXIF_BYTES = 1 << 16  # a JPEG cannot have more
 
 ADVICE = "send a JPEG, PNG, BMP or WebP file"
 TOO_MANY_SEGMENTS = f"the photo has more than {MAX_SEGMENTS} segments: save it without metadata"
@@ -18,7 +18,7 @@ INTEGER_BYTES = {3: 2, 4: 4}  # of the types SHORT and LONG
 
 
 class InvalidPhoto(ValueError):
-    """A photo that is not decoded. The message is one sentence for its sender."""
+    """The photo is rejected. The message is one sentence for its sender."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class Photo:
     width: int  # in pixels, before the orientation is applied
     height: int
     orientation: int  # 1 to 8, as in EXIF
-    suits_nvjpeg: bool = False  # whether the GPU's decoder gives the pixels that all others give
+    suits_nvjpeg: bool = False  # whether the GPU's decoder returns the same pixels as all others
 
 
-def damaged(what: str) -> InvalidPhoto:
-    """Return the exception for a file that contradicts its format; ``what`` names the part."""
-    return InvalidPhoto(f"the photo's header is damaged ({what}): {ADVICE}")
+def damaged(part: str) -> InvalidPhoto:
+    """Return the exception for a file that contradicts its format; ``part`` says where."""
+    return InvalidPhoto(f"the photo's header is damaged ({part}): {ADVICE}")
 
 
-def truncated(what: str) -> InvalidPhoto:
-    """Return the exception for a file of which the end is missing; ``what`` names the part."""
-    return InvalidPhoto(f"the photo is truncated ({what}): send the whole file")
+def truncated(part: str) -> InvalidPhoto:
+    """Return the exception for a file whose end is missing; ``part`` says which part."""
+    return InvalidPhoto(f"the photo is truncated ({part}): send the whole file")
 
 
 def unpack(layout: str, data: bytes | memoryview, position: int = 0) -> tuple:
@@ -56,8 +56,7 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise damaged(f"{width} x {height} pixels")
     if width * height > max_pixels:
         raise InvalidPhoto(
-            f"the photo is {width} x {height} pixels, but this server accepts at most {max_pixels} pixels: "
-            "scale it down, or raise the server's --max-pixels"
+            f"the photo has {width} x {height} pixels, but this server's limit is {max_pixels} pixels: scale it down"
         )
 
 
@@ -69,9 +68,9 @@ def join(*parts: bytes | memoryview) -> np.ndarray:
 def read_orientation(exif: bytes) -> int:
     """Return the orientation that an EXIF block states, 1 to 8, or 1 if it states none or cannot be read.
 
-    What counts is the first entry with this tag in the first directory. It must be a single SHORT, as the standard
-    says, or LONG, as some programs write. Nothing else is read. (Pillow copies the data of each entry, and 5,000
-    entries can all have the same 60 KB.)
+    Reads only the first entry with this tag in the first directory, which must be a single SHORT, as the standard
+    says, or LONG, as some programs write. (Pillow copies the data of each entry, and 5,000 entries can all refer to
+    the same 60 KB.)
     """
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "little", b"MM\0*": "big"}.get(exif[:4])

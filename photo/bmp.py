@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BMP, of Windows and of OS/2. The new file has the header of Windows 3, a full palette or masks, and the pixels."""
+"""BMP of Windows and OS/2. The new file has the header of Windows 3, a full palette or masks, and the pixels."""
 
 import struct
 
@@ -11,7 +11,7 @@ FILE_HEADER = 14  # bytes
 OS2_HEADER, WINDOWS_HEADER, LATER_HEADERS = 12, 40, (52, 56, 64, 108, 124)
 RGB, BITFIELDS = 0, 3
 COMPRESSIONS = {RGB: "no color masks", 1: "RLE8 compression", 2: "RLE4 compression", BITFIELDS: "color masks"}
-# Bits per pixel and compression. Without RLE, which may leave pixels out.
+# Bits per pixel and compression. RLE is missing, because it may leave pixels out.
 SUPPORTED = {(1, RGB), (4, RGB), (8, RGB), (16, BITFIELDS), (24, RGB), (32, RGB), (32, BITFIELDS)}
 MASKS_16 = {(0x7C00, 0x3E0, 0x1F), (0xF800, 0x7E0, 0x1F)}  # red, green, blue; 5 bits each, or 6 for green
 BYTE_MASKS = {0xFF << 8 * index: index for index in range(4)}
@@ -63,7 +63,7 @@ def read_bmp(data: memoryview, max_pixels: int) -> Photo:
 
 
 def _read_palette(entries: memoryview, entry: int, colors: int) -> bytes:
-    """Return a palette of this many colors, 4 bytes each, black if the file has fewer."""
+    """Return a palette with this number of colors, 4 bytes each, padded with black."""
     palette = np.zeros((colors, 4), np.uint8)
     count = len(entries) // entry
     palette[:count, :3] = np.frombuffer(entries[: count * entry], np.uint8).reshape(count, entry)[:, :3]
@@ -71,7 +71,7 @@ def _read_palette(entries: memoryview, entry: int, colors: int) -> bytes:
 
 
 def _reorder(pixels: memoryview, order: list[int]) -> memoryview:
-    """Return pixels of 4 bytes with blue, green and red in front; ``order`` says where each of them is."""
+    """Return pixels of 4 bytes in the order blue, green, red; ``order`` has the current index of each."""
     if order == [0, 1, 2]:
         return pixels
     old = np.frombuffer(pixels, np.uint8).reshape(-1, 4)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """JPEG, ITU-T T.81: baseline, extended sequential and progressive, with Huffman coding and 8 bits.
 
-The new file has one segment that says what the color components mean, the quantization tables, the frame, and the
-scans, each with the Huffman tables and the restart interval that it needs. Components are numbered from 1.
+The new file has one segment that defines the color components, the quantization tables, the frame, and the scans, each
+with its Huffman tables and restart interval. Components are numbered from 1.
 """
 
 import re
@@ -26,10 +26,10 @@ from photo.base import (
     unpack,
 )
 
-# Encoders write about 10 scans into a progressive JPEG. Each costs its sender a few bytes, and makes the decoder visit
-# every pixel: 44 bytes cost 70 ms at 25 megapixels. The second number is for the largest photos.
+# Encoders write about 10 scans into a progressive JPEG. A scan of 44 bytes makes the decoder visit every pixel, which
+# takes 70 ms at 25 megapixels. The second limit is for the largest photos.
 MAX_SCANS, MAX_SCANS_OF_LARGEST = 64, 24
-MAX_TABLES = 1000  # even if each scan had all of them, there would be fewer
+MAX_TABLES = 1000  # fewer even if each scan has all of them
 
 # Markers, as in table B.1.
 SOF0, SOF1, SOF2, DHT, SOI, EOI, SOS, DQT, DNL, DRI = 0xC0, 0xC1, 0xC2, 0xC4, 0xD8, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD
@@ -37,15 +37,15 @@ RST0, APP0, APP1, APP14, APP15, COM = 0xD0, 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
 OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) | {0xDE}  # lossless, hierarchical, arithmetic coding
 PREFIX = re.compile(rb"\xff+")  # of a marker; all but one byte are fill
 
-WINDOW = 1 << 18  # bytes of a scan to search at a time: they stay in the CPU's cache
+WINDOW = 1 << 18  # bytes of a scan to search at a time; they fit into the CPU's cache
 RESTARTS = np.resize(np.arange(RST0, RST0 + 8, dtype=np.uint8), WINDOW + 8)  # restart markers count up
 BLOCK = 8  # pixels
-MIN_SIDE = 16  # pixels, for nvJPEG: below that, everything is an edge
+MIN_SIDE = 16  # pixels, for nvJPEG: in smaller photos, every pixel is near an edge
 DC, AC = 0, 1  # classes of Huffman tables
 
 BASELINE_ADVICE = "save it as a baseline JPEG"
 JFIF = b"JFIF\0\1\1\0\0\1\0\1\0\0"
-ADOBE = b"Adobe\0\x64\0\0\0\0"  # and the transform:
+ADOBE = b"Adobe\0\x64\0\0\0\0"  # followed by the transform
 NO_TRANSFORM, YCCK = b"\0", b"\2"
 
 
@@ -56,12 +56,12 @@ class Component:
     horizontal: int  # sampling factors
     vertical: int
     quantization: int  # the number of its table
-    # For each coefficient, the lowest bit that the scans so far contain.
+    # For each coefficient, the lowest bit that the scans have contained so far.
     lowest_bits: list[int | None] = field(default_factory=lambda: [None] * 64)
 
 
 class JpegReader:
-    """What has been read of a JPEG, and the parts of the new file."""
+    """Reads a JPEG, and collects the parts of the new file."""
 
     def __init__(self, data: memoryview, max_pixels: int):
         self.data = data
@@ -79,15 +79,15 @@ class JpegReader:
         self.components: dict[int, Component] = {}  # by the number in the file
         self.scans: list[bytes | memoryview] = []
         self.scan_count = 0
-        self.in_force: dict[object, bytes] = {DRI: bytes(2)}  # segments of the new file that apply to further scans
+        self.in_force: dict[object, bytes] = {DRI: bytes(2)}  # segments of the new file that apply to the next scan
 
     def read(self) -> Photo:
-        """Read the segments up to the end of the image. What follows is ignored: phones append pictures and videos."""
+        """Read the segments up to the end of the image, and ignore the rest: phones append pictures and videos."""
         position = 2
         for _ in range(MAX_SEGMENTS):
             marker, position = self.read_marker(position)
             if marker == EOI:
-                return self.finish()
+                return self.rebuild()
             (length,) = unpack(">H", self.data, position)
             body = bytes(self.data[position + 2 : position + length])
             position += length
@@ -122,7 +122,7 @@ class JpegReader:
         elif marker == DRI:
             (self.restart_interval,) = unpack(">H", body)
         elif APP0 <= marker <= APP15 or marker == COM:
-            if not self.scans:  # like decoders and viewers, which have started by then
+            if not self.scans:  # later ones do not count, as in decoders and viewers
                 self.read_metadata(marker, body)
         elif marker in OTHER_FRAMES:
             raise InvalidPhoto(f"the photo is an arithmetic-coded, lossless or hierarchical JPEG: {BASELINE_ADVICE}")
@@ -132,7 +132,7 @@ class JpegReader:
             raise damaged("an unknown segment")
 
     def read_metadata(self, marker: int, body: bytes) -> None:
-        """Read what matters of an application's segment."""
+        """Read the relevant fields of an application's segment."""
         if marker == APP0 and body.startswith(b"JFIF\0") and len(body) >= len(JFIF):
             self.has_jfif = True
         elif marker == APP14 and body.startswith(b"Adobe") and len(body) > 11:
@@ -161,7 +161,7 @@ class JpegReader:
             size = 17 + sum(counts)
             if kind not in (DC, AC) or number > 3 or len(body) < size:
                 raise damaged("a Huffman table")
-            used = 0  # codes of each length, with those that start with a shorter code
+            used = 0  # codes of this length, including those that start with a shorter code
             for length, count in enumerate(counts, 1):
                 used = 2 * used + count
                 if count and used >= 1 << length:  # the code of ones alone is reserved
@@ -189,7 +189,7 @@ class JpegReader:
         if count not in (1, 3, 4) or len(body) != 6 + 3 * count:
             raise damaged("its color components")
         for number, factors, quantization in struct.iter_unpack("BBB", body[6:]):
-            horizontal, vertical = divmod(factors, 16) if count > 1 else (1, 1)  # alone, it has nothing to relate to
+            horizontal, vertical = divmod(factors, 16) if count > 1 else (1, 1)  # alone: meaningless
             if number in self.components or not {horizontal, vertical} <= {1, 2, 3, 4} or quantization > 3:
                 raise damaged("its color components")
             self.components[number] = Component(horizontal, vertical, quantization)
@@ -206,7 +206,7 @@ class JpegReader:
         )
 
     def read_scan(self, body: bytes, position: int) -> int:
-        """Read a scan, whose data starts at the position, and return where it ends."""
+        """Read a scan whose data starts at this position. Return the position after it."""
         self.scan_count += 1
         limit = min(MAX_SCANS, MAX_SCANS_OF_LARGEST * self.max_pixels // max(1, self.width * self.height))
         if self.scan_count > limit:
@@ -217,7 +217,7 @@ class JpegReader:
         components = [self.components[number] for number in body[1:-3:2]]
         first, last, bits = body[-3:]
         if self.frame != SOF2:
-            first, last, bits = 0, 63, 0  # whatever is there: decoders ignore it
+            first, last, bits = 0, 63, 0  # decoders ignore these values
         had, low = divmod(bits, 16)
         self.check_progress(components, first, last, had, low)
 
@@ -238,7 +238,7 @@ class JpegReader:
         return end
 
     def check_progress(self, components: Sequence[Component], first: int, last: int, had: int, low: int) -> None:
-        """Check that the scan has each of its coefficients for the first time, or one more bit of them."""
+        """Check that the scan has its coefficients for the first time, or the next bit of them."""
         is_progressive = self.frame == SOF2
         if not first <= last <= 63 or low > 13 or had not in (0, low + 1):
             raise damaged("a scan")
@@ -254,13 +254,13 @@ class JpegReader:
             component.lowest_bits[first : last + 1] = [low] * (last + 1 - first)
 
     def put_in_force(self, key: object, marker: int, body: bytes) -> None:
-        """Write a segment that the next scan needs, unless it is in force already."""
+        """Write a segment that the next scan needs, unless it already applies."""
         if self.in_force.get(key) != body:
             self.in_force[key] = body
             self.scans.append(_segment(marker, body))
 
     def count_restarts(self, components: Sequence[Component]) -> int:
-        """Return how many restart markers a scan of these components has."""
+        """Return the number of restart markers in a scan of these components."""
         if not self.restart_interval:
             return 0
         self.has_restarts = True
@@ -275,15 +275,15 @@ class JpegReader:
         return ceil(units / self.restart_interval) - 1
 
     def find_end(self, start: int, restarts: int) -> tuple[int, int]:
-        """Return where the data of a scan ends, which has this number of restart markers, and where the next marker is.
+        """Return the end of a scan's data, with this number of restart markers, and the position of the next marker.
 
-        Some encoders write a restart marker after the data as well. It is left out.
+        Some encoders write another restart marker after the data. The new file omits it.
         """
         data, seen, last = np.frombuffer(self.data, np.uint8), 0, -1
         for position in range(start, len(data) - 1, WINDOW):
             window = data[position : position + WINDOW + 1]
             is_marker = (window[:-1] == 0xFF).view(np.uint8)
-            np.minimum(is_marker, window[1:], out=is_marker)  # a zero marks an 0xFF as data
+            np.minimum(is_marker, window[1:], out=is_marker)  # a zero after 0xFF marks it as data
             if not is_marker.max():  # which is faster than nonzero
                 continue
             (places,) = is_marker.view(bool).nonzero()
@@ -306,7 +306,7 @@ class JpegReader:
             raise truncated("no end-of-image marker")
         raise damaged("restart markers that are missing or not in order")
 
-    def finish(self) -> Photo:
+    def rebuild(self) -> Photo:
         """Return the new file."""
         if not self.scans:
             raise damaged("no pixels")
@@ -326,17 +326,17 @@ class JpegReader:
         return Photo(encoded, self.width, self.height, self.orientation or 1, self.suits_nvjpeg())
 
     def suits_nvjpeg(self) -> bool:
-        """Return whether nvJPEG gives the pixels that libjpeg gives (12.4, on an H200).
+        """Return whether nvJPEG returns the same pixels as libjpeg (12.4, on an H200).
 
-        It takes RGB for YCbCr, damages some photos with restart markers, and has other colors at the edges.
+        nvJPEG takes RGB for YCbCr, damages some photos with restart markers, and changes the colors near the edges.
         """
         return self.is_gray_or_ycbcr() and not self.has_restarts and min(self.width, self.height) >= MIN_SIDE
 
     def describe_colors(self) -> bytes:
-        """Return the segment that says what the components mean, by the rules of libjpeg, and so of Pillow.
+        """Return the segment that defines the color components, by the rules of libjpeg, which Pillow uses.
 
-        Four components without Adobe's segment are CMYK. Pillow takes CMYK to be inverted, as Adobe's programs write
-        it, and so do decoders if there is such a segment.
+        Four components without Adobe's segment are CMYK. Pillow always takes CMYK for inverted, as Adobe's programs
+        write it; decoders do so if there is such a segment.
         """
         if self.is_gray_or_ycbcr():
             return _segment(APP0, JFIF)
@@ -344,14 +344,14 @@ class JpegReader:
         return _segment(APP14, ADOBE + (YCCK if has_ycck else NO_TRANSFORM))
 
     def is_gray_or_ycbcr(self) -> bool:
-        """Return whether the components are what JFIF says, and not RGB, CMYK or YCCK."""
+        """Return whether the components are those of JFIF, and not RGB, CMYK or YCCK."""
         if len(self.components) != 3 or self.has_jfif:
             return len(self.components) < 4
         return bytes(self.components) != b"RGB" if self.transform is None else self.transform != 0
 
 
 def read_jpeg(data: memoryview, max_pixels: int) -> Photo:
-    """Return the JPEG without everything that its pixels do not need. Raises InvalidPhoto."""
+    """Return the JPEG with only the segments that its pixels need. Raises InvalidPhoto."""
     return JpegReader(data, max_pixels).read()
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PNG, third edition. The new file has the header, the palette if the pixels need one, and the pixels.
 
-Gamma, color profile and transparency are left out because the server does not use them. The pixels are inflated once,
-to count them: libpng inflates whatever follows the last row, and 4 MB can become 4 GB, which takes 7 s.
+Gamma, color profile and transparency are omitted, because the server does not use them. The pixels are inflated once to
+count them: libpng also inflates data after the last row, and 4 MB can become 4 GB, which takes 7 s.
 """
 
 import zlib
@@ -27,23 +27,23 @@ from photo.base import (
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 BIT_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by color type
-PALETTE = 3  # the color type that needs one
+PALETTE = 3  # the color type that needs a palette
 CHANNELS = {0: 1, 2: 3, PALETTE: 1, 4: 2, 6: 4}
 # The passes of an interlaced image: the first column and row, and the steps to the next ones.
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 ANIMATION_CHUNKS = (b"acTL", b"fcTL", b"fdAT")
 STEP = 1 << 16  # bytes to inflate at a time
-ANCILLARY = 0x20  # the bit of a chunk's name that says that the image can be shown without it
+ANCILLARY = 0x20  # the bit of a chunk's name that marks it as optional
 
 
 def read_png(data: memoryview, max_pixels: int) -> Photo:
-    """Return the PNG without everything that its pixels do not need. Raises InvalidPhoto."""
+    """Return the PNG with only the chunks that its pixels need. Raises InvalidPhoto."""
     header = palette = orientation = None
     pixels: list[memoryview] = []
     position, previous = len(SIGNATURE), b""
     for _ in range(MAX_SEGMENTS):
         length, kind = unpack(">I4s", data, position)
-        end = position + 12 + length  # the length, the kind and a checksum, which the decoder checks
+        end = position + 12 + length  # including length, kind and a checksum, which the decoder verifies
         if end > len(data):
             raise truncated("no IEND chunk")
         chunk, body = data[position:end], data[position + 8 : end - 4]
@@ -74,7 +74,7 @@ def read_png(data: memoryview, max_pixels: int) -> Photo:
     if not pixels:
         raise damaged("no pixels")
     if color_type != PALETTE:
-        palette = b""  # a suggestion for displays with few colors
+        palette = b""  # only a hint for displays with few colors
     elif not palette:
         raise damaged("no palette")
     _count_pixels([chunk[8:-4] for chunk in pixels], raw_bytes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""WebP, RFC 9649. The new file has the chunk with the pixels, without a separate alpha channel, which is not used."""
+"""WebP, RFC 9649. The new file has only the chunk with the pixels, without a separate alpha channel."""
 
 import struct
 
@@ -66,9 +66,9 @@ def read_webp(data: memoryview, max_pixels: int) -> Photo:
 
 def _read_lossy_size(frame: memoryview) -> tuple[int, int]:
     tag, start_code, width, height = unpack("<Hx3sHH", frame)
-    if tag & 1 or start_code != b"\x9d\x01\x2a":  # bit 0: it depends on an earlier frame
+    if tag & 1 or start_code != b"\x9d\x01\x2a":  # bit 0 means that it depends on an earlier frame
         raise damaged("its VP8 chunk")
-    return width & 0x3FFF, height & 0x3FFF  # the other bits suggest a scale
+    return width & 0x3FFF, height & 0x3FFF  # the other bits are a scaling hint
 
 
 def _read_lossless_size(frame: memoryview) -> tuple[int, int]:

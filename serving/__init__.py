@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What any PyTriton server needs in production. Knows nothing about segmentation.
+"""The parts of a server that do not depend on the model: processes, batching, shared memory and signals.
 
 Processes: the server (:mod:`serving.server`) starts Triton, and for each device a worker (:mod:`serving.worker`), which
 runs your stages, and frontends (:mod:`serving.frontend`), which run PyTriton's handlers.

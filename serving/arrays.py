@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lays arrays out in memory, one after another. Strings take the form that Triton uses: each after its length."""
+"""Packs arrays into memory, one after another. Strings are packed in Triton's format: each after its length."""
 
 import math
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
-ALIGNMENT = 64  # of each array: a cache line, and more than any dtype needs
+ALIGNMENT = 64  # of each array: a cache line, which is enough for any dtype
 STRINGS = "object"  # the dtype of arrays of bytes objects, as in PyTriton
 
 
 class ArraySpec(NamedTuple):
-    """Where an array lies in memory, and how to read it."""
+    """The position, shape and dtype of an array in memory."""
 
     shape: tuple[int, ...]
     dtype: str  # numpy's name
@@ -40,14 +40,14 @@ class Packer:
             content, dtype = _serialize(array), STRINGS
         else:
             content, dtype = np.ascontiguousarray(array).reshape(-1).view(np.uint8), array.dtype.str
-        # np.copyto would release the GIL, and getting it back takes longer than the copy.
+        # Not np.copyto, which releases the GIL: acquiring it again takes longer than the copy.
         self._reserve(name, array.shape, dtype, len(content)).data[:] = content.data
 
     def _reserve(self, name: str, shape: tuple[int, ...], dtype: str, size: int) -> np.ndarray:
         begin = -(-self.end // ALIGNMENT) * ALIGNMENT
         end = begin + size
         if end > len(self._memory):
-            raise ValueError(f"{name} does not fit: {end} bytes are needed, {len(self._memory)} are there")
+            raise ValueError(f"{name} does not fit: {end} bytes are needed, but only {len(self._memory)} are available")
         self.specs[name] = ArraySpec(tuple(shape), dtype, begin, end)
         self.end = end
         return self._memory[begin:end]

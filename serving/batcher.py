@@ -25,7 +25,7 @@ LOGGER = logging.getLogger("server")
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """End the process on an error in a thread. Nobody else would notice it, and requests would wait forever."""
+    """End the process on an error in a thread. Otherwise, it would go unnoticed, and requests would wait forever."""
     try:
         yield
     except BaseException:
@@ -34,10 +34,10 @@ def exit_on_error() -> Iterator[None]:
 
 
 class Batcher:
-    """Takes the requests from the channels, in batches, and never waits for a batch to fill.
+    """Computes the requests from the channels in batches, without waiting for a batch to fill.
 
-    One thread reads requests, and rejects some, while others compute a batch each. Large jobs do not hold up small
-    ones: not all channels can have one, and a small job that arrives while a batch is computed is part of the next one.
+    One thread reads requests, and rejects some. Each of the others computes one batch at a time. Large jobs do not hold
+    up small ones: some channels are reserved for small jobs, which are part of the next batch.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class Batcher:
         max_batch_size: int,
         max_batch_weight: float = math.inf,
     ):
-        """Nothing runs before :meth:`run`.
+        """Call :meth:`run` to start.
 
-        What libraries print is logged with a description of the requests in progress. Large jobs of more than
-        ``max_batch_weight`` together do not share a batch.
+        ``printed`` is logged with a description of the requests in progress. A large job joins a batch only if the
+        weight of the batch stays within ``max_batch_weight``.
         """
         self._channels = deque(channels)
         self._queued = channels[0].queued
@@ -64,11 +64,11 @@ class Batcher:
         self._arrived = threading.Condition()  # guards both lists
         # A fifth of the channels remains for small jobs, even while clients wait for large files to be encoded.
         self._large = threading.Semaphore(max(1, len(channels) * 4 // 5))
-        # At a lower priority than the batches, which keep the device busy. On Linux, niceness applies per thread.
+        # At a lower priority than the batches, which keep the device busy. On Linux, each thread has its own niceness.
         self._pool = ThreadPoolExecutor(os.cpu_count(), "deferred", initializer=os.nice, initargs=(5,))
 
     def run(self) -> None:
-        """Work forever. An error that is not the fault of one request ends the process."""
+        """Process requests forever. An error that is not the fault of one request ends the process."""
         threading.Thread(target=self._read_requests, daemon=True).start()
         for executor in self._executors[1:]:
             threading.Thread(target=self._compute_batches, args=(executor,), daemon=True).start()
@@ -89,7 +89,7 @@ class Batcher:
                 while (request := self._channels[0].take()) is None:
                     self._channels.rotate(-1)
                 self._read_request(self._channels[0], *request)
-                self._channels.rotate(-1)  # the others come first now
+                self._channels.rotate(-1)  # round robin
 
     def _read_request(self, channel: Channel, arrays: Mapping[str, np.ndarray], message: tuple) -> None:
         try:
@@ -115,18 +115,18 @@ class Batcher:
         return batch
 
     def _compute(self, executor: Executor, batch: Sequence[Job]) -> None:
-        """Respond to each job. If the batch fails, compute each job alone, so that only the one at fault fails."""
+        """Respond to each job. If the batch fails, compute its jobs one by one, so that only the faulty one fails."""
         try:
             responses = executor.compute(batch)
         except Exception as error:
             if len(batch) > 1:
-                self._printed.read()  # the job at fault prints it again
+                self._printed.read()  # the faulty job will print it again
                 for job in batch:
                     self._compute(executor, [job])
                 return
             responses = [error]
         if printed := self._printed.read():
-            with self._arrived:  # so that none of them gets its response now, and its channel the next request
+            with self._arrived:  # so that the channels keep these requests meanwhile
                 requests = "; ".join(job.channel.describe_request() for job in self._in_progress)
             LOGGER.warning('a library printed "%s" while it processed %s', printed, requests)
         for job, response in zip(batch, responses, strict=True):

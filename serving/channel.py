@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carries requests from one process to another, and the responses back, through memory that both share."""
+"""Carries requests to another process, and the responses back, through shared memory."""
 
 import hashlib
 import pickle
@@ -18,10 +18,10 @@ SLACK_BYTES = 1 << 16  # for the alignment of arrays, and the headers of files
 
 
 class Channel:
-    """Carries one request at a time to a worker process, and its response back. To be created before the fork.
+    """Carries one request at a time to a worker process, and its response back. Create it before the fork.
 
-    Semaphores signal that something has arrived. Sockets would make the caller release the GIL and wait for it again
-    once or twice more per request, which cost a tenth of the throughput.
+    Semaphores signal each arrival. With sockets, the caller would release and acquire the GIL once or twice more per
+    request, which cost a tenth of the throughput.
     """
 
     def __init__(self, request_bytes: int, response_bytes: int, queued: Semaphore, last_response: np.ndarray):
@@ -50,8 +50,8 @@ class Channel:
         The arrays stay valid until the next call. ``message`` is anything that can be pickled.
 
         Raises ValueError if the request does not fit into the channel, ConnectionError if the worker is gone,
-        TimeoutError if the worker has responded to nobody for ``timeout_s`` seconds, and whatever exception it responds
-        with. After a TimeoutError the channel is closed: a late response must not become that of the next request.
+        TimeoutError if the worker has not responded on any channel for ``timeout_s`` seconds, and the exception that it
+        responds with. A TimeoutError closes the channel: a late response must not become that of the next request.
         """
         packer = Packer(self._request.memory)
         for name, array in arrays.items():
@@ -74,7 +74,7 @@ class Channel:
         began = time.monotonic()
         remaining = timeout_s
         while not self._response_sent.acquire(timeout=remaining):
-            # Other channels may have got responses since. Semaphores also follow the time of day, which can jump.
+            # Other channels may have had responses since. Also, semaphores use the wall clock, which can jump.
             remaining = max(began, self._last_response[0]) + timeout_s - time.monotonic()
             if remaining <= 0:
                 self._closed[0] = True
@@ -89,7 +89,7 @@ class Channel:
         self._response_sent.release()
 
     def is_processing(self) -> bool:
-        """Return whether the worker has taken a request and not responded."""
+        """Return whether the worker has taken a request, and has not responded to it."""
         return bool(self._calling[0]) and self._request_sent.get_value() == 0
 
     def describe_request(self) -> str:
@@ -135,4 +135,4 @@ class _Message:
         self._pickled[: len(pickled)] = pickled  # raises ValueError if it is too long
 
     def read(self) -> object:
-        return pickle.loads(self._pickled)  # a pickle knows where it ends
+        return pickle.loads(self._pickled)  # which ignores the bytes after the pickle

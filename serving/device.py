@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the devices that ``--device`` means, and hides what differs between a GPU and a CPU.
+"""Resolves ``--device``, and hides the differences between a GPU and a CPU.
 
 torch takes seconds to import. It is imported only where a GPU may be involved.
 """
@@ -19,7 +19,7 @@ def list_devices(choice: str, timeout_s: float) -> list[str]:
     """Return the devices that ``--device`` names, one for each worker. Raises ServerError."""
     if choice != "all":
         return choice.split(",")
-    # In another process, because CUDA would not survive the fork of the workers, and a broken driver may crash or hang.
+    # In another process, because CUDA does not survive the fork of the workers, and a broken driver may crash or hang.
     counter = Child("GPU counter", lambda pipe: pipe.send(_count_gpus()))
     try:
         if not counter.pipe.poll(timeout_s):
@@ -30,7 +30,7 @@ def list_devices(choice: str, timeout_s: float) -> list[str]:
     finally:
         kill_all([counter])
     if not gpus:
-        raise UsageError("--device all: torch finds no CUDA device; run nvidia-smi to see the GPUs and the driver")
+        raise UsageError("--device all: torch finds no GPU; run nvidia-smi to see the GPUs and the driver")
     return [f"cuda:{index}" for index in range(gpus)]
 
 
@@ -43,16 +43,14 @@ def resolve_device(choice: str) -> str:
 
     index = torch.device(choice if choice != "auto" else "cuda").index or 0
     if index >= (gpus := _count_gpus()):
-        raise UsageError(
-            f"--device {choice}: torch finds {gpus} CUDA devices; run nvidia-smi to see the GPUs and the driver"
-        )
+        raise UsageError(f"--device {choice}: torch finds {gpus} GPUs; run nvidia-smi to see the GPUs and the driver")
     _wait_without_spinning(index)
     LOGGER.info("device: %s", torch.cuda.get_device_name(index))
     return f"cuda:{index}"
 
 
 def _wait_without_spinning(index: int) -> None:
-    # By default, a thread that waits for the GPU occupies a CPU core. This setting holds for all libraries in the
+    # By default, a thread that waits for the GPU occupies a CPU core. This setting applies to all libraries in the
     # process. torch has no function for it.
     driver = ctypes.CDLL("libcuda.so.1")
     driver.cuInit(0)
@@ -62,7 +60,7 @@ def _wait_without_spinning(index: int) -> None:
 def _count_gpus() -> int:
     import torch
 
-    # With a driver too old for this torch, device_count() counts GPUs that cannot be used.
+    # With a driver too old for this torch, device_count() includes GPUs that cannot be used.
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
@@ -75,7 +73,7 @@ def check_device(device: str) -> None:
 
 
 class CpuStream:
-    """Stands in for a CUDA stream: on a CPU everything happens in order anyway."""
+    """The counterpart of a CUDA stream. It does nothing, because a CPU works in order."""
 
     def __enter__(self) -> None:
         pass
@@ -84,7 +82,7 @@ class CpuStream:
         pass
 
     def wait(self) -> None:
-        """Return at once."""
+        """Return immediately."""
 
 
 class CudaStream:
@@ -99,7 +97,7 @@ class CudaStream:
     def __enter__(self) -> None:
         import torch
 
-        # On exit torch restores the previous GPU. Without this line it would be GPU 0, and get a context there.
+        # On exit, torch restores the previous GPU. Without this line, that is GPU 0, which would get a context.
         torch.cuda.set_device(self._stream.device)
         self._context.__enter__()
 
@@ -107,7 +105,7 @@ class CudaStream:
         self._context.__exit__(*error)
 
     def wait(self) -> None:
-        """Return when the GPU has done everything in this stream."""
+        """Wait until the GPU has finished all work in this stream."""
         self._stream.synchronize()
 
 

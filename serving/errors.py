@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every exception that crosses a module boundary. Each message is one line, written for whoever reads it."""
+"""The exceptions that modules share. Each message is one line for the operator or the client."""
 
 
 class ServerError(Exception):
-    """The server cannot start or go on. Starting it again may help."""
+    """The server cannot start or continue. A restart may help."""
 
     exit_status = 1
 
@@ -15,15 +15,15 @@ class UsageError(ServerError):
 
 
 class RequestError(Exception):
-    """A request gets no answer. The message is one sentence for its client."""
+    """A request failed. The message is one sentence for its client."""
 
-    # PyTriton sends the client the exception as Python prints it. Without a traceback and a module, that is one line,
-    # "InvalidRequest: sentence", and does not reveal paths on this machine.
+    # PyTriton sends the client the exception as Python prints it. Without a traceback and a module, this is one line,
+    # "InvalidRequest: sentence", which does not reveal paths on this machine.
     __module__ = "builtins"
     __traceback__ = property(lambda _self: None, lambda _self, _traceback: None)  # contextlib assigns to it
 
-    def __reduce__(self):  # pickle looks a class up in its module, which is not the real one here
-        known = next(kind for kind in type(self).__mro__ if kind.__name__ in globals())  # yours may be a subclass
+    def __reduce__(self):  # pickle looks up a class in its module, which is not the real one
+        known = next(kind for kind in type(self).__mro__ if kind.__name__ in globals())  # or its base
         return _restore, (known.__name__, str(self))
 
 
@@ -34,7 +34,7 @@ class InvalidRequest(RequestError):
 
 
 class InferenceFailed(RequestError):
-    """The server failed at a request that may be fine."""
+    """The server failed. The request may be valid."""
 
     __module__ = "builtins"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls your stages in a worker process, and decides what a client gets if they fail."""
+"""Calls your stages in a worker process, and turns their exceptions into errors for clients."""
 
 import argparse
 import logging
@@ -21,7 +21,7 @@ LOGGER = logging.getLogger("server")
 
 @dataclass(eq=False)
 class Job:
-    """A request that has been read and is waiting for its response."""
+    """A request that has been read and has no response yet."""
 
     channel: Channel
     content: object  # what Stages.read returned
@@ -38,16 +38,16 @@ class Executor:
         device: str,
         memories: Mapping[Channel, ResponseMemory],
     ):
-        """Create the stages on the device, and compute the example. Raises whatever the stages raise.
+        """Create the stages on the device, and compute the example. Raises the exceptions of the stages.
 
-        ``memories`` are where the responses of each channel go. Executors may share them.
+        ``memories`` has the memory for the responses of each channel. Executors may share it.
         """
         self.device = device
         self._memories = memories
         self._stream = open_stream(device)
         with self._stream:
             self.stages = stages(options, device)
-        # The first run of each stage chooses kernels and allocates memory.
+        # Warm up: the first run of each stage chooses kernels and allocates memory.
         channel, example = next(iter(memories)), stages.example(options)
         for size in {1, options.max_batch_size}:
             for response in self.compute([self._read(channel, example) for _ in range(size)]):
@@ -56,7 +56,7 @@ class Executor:
                 response.complete()
 
     def read(self, channel: Channel, arrays: Mapping[str, np.ndarray], message: tuple) -> Job:
-        """Return the job of a request. Raises whatever :meth:`Stages.read` raises."""
+        """Return the job of a request. Raises the exceptions of :meth:`Stages.read`."""
         parameters, outputs = message
         return self._read(channel, Request(data=arrays, parameters=parameters, requested_output_names=outputs))
 
@@ -65,14 +65,14 @@ class Executor:
         return Job(channel, content, self.stages.weigh(content))
 
     def compute(self, jobs: Sequence[Job]) -> list[StoredResponse | Exception]:
-        """Return the response of each job, in the memory of its channel. Raises whatever the stages raise."""
+        """Return the response of each job, in the memory of its channel. Raises the exceptions of the stages."""
         with self._stream:
             results = self.stages([job.content for job in jobs])
             results = [result if isinstance(result, Checked) else Checked(result, True, None) for result in results]
             responses = [
                 self._memories[job.channel].store(result.outputs) for job, result in zip(jobs, results, strict=True)
             ]
-            # So far, the GPU's work is only queued, except for the encoding of JPEGs, which blocks.
+            # Up to here, work for the GPU is only queued, except for the encoding of JPEGs, which blocks.
             self._stream.wait()
         return [
             response if bool(result.valid) else result.error
@@ -80,8 +80,8 @@ class Executor:
         ]
 
     def explain(self, error: Exception) -> RequestError:
-        """Return what the client gets instead of this exception. Ends the process if the GPU is lost."""
-        # After some CUDA errors every later call in this process fails, or worse, valid requests are rejected.
+        """Return the error for the client. Ends the process if the GPU is lost."""
+        # After some CUDA errors, all further calls in this process fail, or worse, valid requests are rejected.
         try:
             check_device(self.device)
         except RuntimeError as lost:
@@ -94,6 +94,6 @@ class Executor:
 
 
 def open_memories(channels: Sequence[Channel], response_bytes: int, device: str) -> dict[Channel, ResponseMemory]:
-    """Return the memory for the responses of each channel, of at most this size."""
+    """Return the memory for the responses of each channel, of up to this size."""
     size = response_bytes + SLACK_BYTES
     return {channel: ResponseMemory(channel.response_memory[:size], device) for channel in channels}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes that serve: for each device a worker and its frontends. Starts them, watches them and ends them."""
+"""The serving processes: a worker and its frontends for each device. Starts, watches and ends them."""
 
 import argparse
 import contextlib
@@ -22,7 +22,7 @@ from serving.errors import RequestError, ServerError, UsageError
 from serving.frontend import Assignment, run_frontend
 from serving.instance import Instance
 from serving.lifecycle import Lifecycle
-from serving.options import MOST_DEFAULT_INSTANCES, count_frontends, device_default
+from serving.options import MAX_DEFAULT_INSTANCES, count_frontends, device_default
 from serving.printed import Printed
 from serving.processes import Child, kill_all
 from serving.shared import share_numbers
@@ -72,7 +72,7 @@ class Fleet:
     """The workers and frontends of all devices, inside a ``with`` block."""
 
     def __init__(self, stages: type[Stages], options: argparse.Namespace, lifecycle: Lifecycle):
-        """Nothing starts before the ``with`` block."""
+        """The ``with`` block starts the processes."""
         self._stages = stages
         self._options = options
         self._lifecycle = lifecycle
@@ -99,7 +99,7 @@ class Fleet:
         self._lifecycle.ignore_signals()
         self._watchdogs.close()
         kill_all([child for device in self._devices for child in (*device.frontends, device.worker)])
-        if self._watcher:  # which logs what the workers were doing
+        if self._watcher:  # it logs the requests that the workers were processing
             self._watcher.join()
         tempfile.tempdir = None
         self._temporary.cleanup()
@@ -115,7 +115,7 @@ class Fleet:
                 gpus,
             )
         shm_bytes = shutil.disk_usage("/dev/shm").free // len(names)
-        count = options.instances or MOST_DEFAULT_INSTANCES
+        count = options.instances or MAX_DEFAULT_INSTANCES
         self.traffic = Traffic(count * len(names))
         for index, name in enumerate(names):
             channels = self._open_channels(count)
@@ -124,12 +124,12 @@ class Fleet:
                 for number, channel in enumerate(channels)
             ]
             printed = Printed()
-            # Between a fork and what remembers it, a signal would leave an orphaned process.
+            # A signal between a fork and its entry in these lists would orphan the process.
             with self._lifecycle.signals_deferred():
                 process = Child("worker", run_worker, self._stages, options, name, channels, printed, shm_bytes)
                 device = _Device(name, instances, printed, process, [])
                 self._devices.append(device)
-                # The type of the device is not known yet: as many as on a GPU.
+                # The type of the device is unknown until the worker reports it. Start as many as for a GPU.
                 for _ in range(count_frontends(options, "cuda", len(names))):
                     device.frontends.append(_Frontend(instances))
 
@@ -146,17 +146,17 @@ class Fleet:
         try:
             return open_channels(count, request_bytes, response_bytes)
         except (OSError, OverflowError) as error:
-            number = getattr(error, "errno", None)
-            if number == errno.ENOSPC:  # semaphores are there
-                raise UsageError("/dev/shm is full: remove what killed servers left, see docs/production.md") from error
-            if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+            code = getattr(error, "errno", None)
+            if code == errno.ENOSPC:  # semaphores are files there
+                raise UsageError("/dev/shm is full: delete what killed servers left, see docs/production.md") from error
+            if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
                 raise UsageError(f"/dev/shm must be a writable tmpfs, but: {error.strerror}") from error
             size = self._stages.size_option
             limit = f"--{size.replace('_', '-')} {getattr(self._options, size)}: " if size else ""
             raise UsageError(f"{limit}not enough memory ({error})") from error
 
     def _wait_for_workers(self) -> None:
-        """Wait for the reports of the workers, and share out the instances. Raises a worker's ServerError."""
+        """Wait for the workers' reports, and assign the instances to the frontends. Raises a worker's ServerError."""
         deadline = time.monotonic() + self._options.start_timeout_s
         while waiting := [device for device in self._devices if not device.report]:
             pipes = [device.worker.pipe for device in waiting]
@@ -165,12 +165,12 @@ class Fleet:
                 seconds = f"{self._options.start_timeout_s:g} s"
                 raise ServerError(
                     f"the worker for --device {waiting[0].name} did not start within {seconds}: "
-                    "its GPU driver may be hung, or downloading the weights takes longer than --start-timeout-s allows"
+                    "its GPU driver may be hung, or downloading the weights may need a longer --start-timeout-s"
                 )
             for device in waiting:
                 if device.worker.pipe in arrived:
                     device.report = device.worker.receive()
-        # Triton prefers instances with low numbers, so that these belong to all devices and frontends in turn.
+        # Triton prefers instances with low numbers, so spread these over all devices and frontends.
         for position in range(max(device.report.instances for device in self._devices)):
             for device in self._devices:
                 if position < device.report.instances:
@@ -183,7 +183,7 @@ class Fleet:
             device.frontends = [process for process in device.frontends if process.numbers]
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
-        # Once more, next to the line that says that the server is ready, where they are hard to miss.
+        # Repeat the warnings next to the line that says that the server is ready, where they are hard to miss.
         for warning in dict.fromkeys(warning for device in self._devices for warning in device.report.warnings):
             LOGGER.warning(warning)
 
@@ -208,7 +208,7 @@ class Fleet:
                 raise ServerError(f"the example of {self._stages.__name__} failed: {error}") from error
 
     def connect(self, model: "FrontendModel", triton: int) -> None:
-        """Make the frontends serve the model that Triton, with this process ID, has loaded. Raises ServerError."""
+        """Make the frontends serve the model in Triton. ``triton`` is the process ID of Triton. Raises ServerError."""
         frontends = [(device, process) for device in self._devices for process in device.frontends]
         for device, process in frontends:
             limit = device.report.max_request_bytes
@@ -217,7 +217,7 @@ class Fleet:
             if not process.pipe.poll(CONNECT_TIMEOUT_S):
                 raise ServerError(f"a frontend did not start within {CONNECT_TIMEOUT_S} s")
             process.receive()
-            watchdog = Watchdog(process.beats, self._options.triton_timeout_s, self._fail_without_heartbeat)
+            watchdog = Watchdog(process.beats, self._options.triton_timeout_s, self._on_frontend_hang)
             self._watchdogs.enter_context(watchdog)
         LOGGER.debug("frontends: %d", len(frontends))
 
@@ -237,7 +237,7 @@ class Fleet:
                 else:
                     self._lose_frontend(*frontends.pop(sentinel))
 
-    def _fail_without_heartbeat(self) -> None:
+    def _on_frontend_hang(self) -> None:
         self._lifecycle.fail(f"stopping: a frontend hung for {self._options.triton_timeout_s:g} s")
 
     def _lose_worker(self, device: _Device) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frontend processes: each runs PyTriton's handlers for some of the instances.
 
-PyTriton runs the handlers of all instances as threads of one process, where they wait for each other: copying requests
-and responses takes the GIL. Several processes lift that limit.
+PyTriton runs the handlers of all instances as threads of one process, where they compete for the GIL to copy requests
+and responses. Several processes remove this limit.
 """
 
 import logging
@@ -27,19 +27,19 @@ LOGGER = logging.getLogger("server")
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a frontend has to serve."""
+    """The model and the instances for a frontend to serve."""
 
     config: TritonModelConfig
     max_request_bytes: int
-    numbers: dict[int, int]  # of the instances: the position in the frontend's list, and the number in Triton
+    numbers: dict[int, int]  # the number in Triton of each instance, by its position in the frontend's list
     triton: int  # the process ID of tritonserver
 
 
 def run_frontend(pipe: Connection, instances: Sequence[Instance], heartbeat: np.ndarray) -> None:
     """Receive an Assignment, serve it, and confirm with True. Returns if a handler has ended.
 
-    ``heartbeat`` is float64 ``[1]``, which changes as long as this process is not stuck. If the server is killed, this
-    process ends Triton, which would wait for the requests in flight forever.
+    ``heartbeat`` is float64 ``[1]``, which changes unless this process hangs. If the server is killed, this
+    process ends Triton, which would wait forever for the requests in flight.
     """
     server = os.getppid()
     assignment: Assignment = pipe.recv()

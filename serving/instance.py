@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PyTriton calls: hands a request to a worker process and waits for the response."""
+"""The callable that is bound to PyTriton: sends a request to a worker process, and waits for the response."""
 
 import logging
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ LOGGER = logging.getLogger("server")
 
 
 class Instance:
-    """One instance of the model: it has one request at a time. A frontend calls it, in a thread of its own."""
+    """One instance of the model, with one request at a time. A frontend calls it in a separate thread."""
 
     def __init__(self, number: int, channel: Channel, timeout_s: float, traffic: Traffic, lifecycle: Lifecycle):
-        """``channel`` belongs to this instance alone. A worker that is silent for ``timeout_s`` ends the server."""
+        """``channel`` is for this instance only. A worker that is silent for ``timeout_s`` seconds stops the server."""
         self.number = number
         self.channel = channel
-        self.max_request_bytes = 0  # known when the worker has started
+        self.max_request_bytes = 0  # set when the worker has started
         self._timeout_s = timeout_s
         self._traffic = traffic
         self._lifecycle = lifecycle
 
     def __call__(self, requests: Sequence[Request]) -> list[dict[str, np.ndarray]]:
-        """Return the outputs that each request asks for, with a batch dimension of 1, valid until the next call.
+        """Return each request's outputs, with a batch dimension of 1. The next call overwrites them.
 
         Raises InvalidRequest or InferenceFailed.
         """
@@ -63,6 +63,6 @@ class Instance:
             self._lifecycle.fail(f"stopping: a worker has responded to no request for {self._timeout_s:g} s")
             raise InferenceFailed("the server took too long and is stopping: try again later") from None
         for name, array in response.items():
-            if array.size == 0:  # PyTriton would fail with an error that says nothing, and which nobody logs
+            if array.size == 0:  # PyTriton's error would be unclear, and is not logged
                 raise InferenceFailed(f"the output {name} is empty, which PyTriton cannot return")
         return response

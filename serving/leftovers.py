@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Triton leaves behind: processes, shared memory and folders, above all if something is killed."""
+"""Removes the leftovers of Triton, above all if it was killed: processes, shared memory and folders."""
 
 import contextlib
 import re
@@ -50,8 +50,8 @@ def kill_processes(processes: Iterable[psutil.Process]) -> None:
 
 
 def remove_leftovers(server: int, helpers: Iterable[psutil.Process], folders: Iterable[Path]) -> None:
-    """End what is left of Triton's helper processes, and remove segments and folders."""
-    # The stub processes first: some of the others clean up after them.
+    """Kill the remaining helper processes of Triton, and remove segments and folders."""
+    # The stub processes first, because some of the others clean up after them.
     kill_processes([helper for helper in helpers if is_named(helper, "triton_python")])
     kill_processes(psutil.wait_procs(helpers, timeout=1)[1])
     for segment in segments(server):
@@ -61,13 +61,13 @@ def remove_leftovers(server: int, helpers: Iterable[psutil.Process], folders: It
 
 
 def remove_after_server(server: int, triton: int, workspace: Path) -> None:
-    """End Triton, whose server was killed, and remove what both leave behind."""
+    """Kill Triton, whose server was killed, and remove the leftovers of both."""
     tritonservers = []
     with contextlib.suppress(psutil.NoSuchProcess):
         tritonservers.append(psutil.Process(triton))
     helpers = helpers_of(tritonservers)
     folders = [workspace, *model_folders(helpers)]
-    if tempfile.tempdir:  # which Fleet has set, for this process as well
+    if tempfile.tempdir:  # set by Fleet, for this process as well
         folders.append(Path(tempfile.tempdir))
     kill_processes(tritonservers)
     remove_leftovers(server, helpers, folders)

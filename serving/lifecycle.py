@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the server stops, how it drains, and with which status it exits."""
+"""Shutdown: signals, draining and the exit status."""
 
 import contextlib
 import logging
@@ -16,11 +16,11 @@ from serving.traffic import Traffic
 
 LOGGER = logging.getLogger("server")
 
-# The last response still has to pass through PyTriton and Triton once the last request counts as done.
+# Time for the last response to pass through PyTriton and Triton, once the last request counts as done.
 QUIET_S = 1
 
-# What fail() sends to the server. A SIGTERM for all of the server's processes may end a helper before the main thread
-# has run its handler. Python runs the handlers of pending signals in the order of their numbers, and this one is high.
+# The signal that fail() sends. A SIGTERM for all of the server's processes may end a helper before the main thread has
+# run its handler. Python runs the handlers of pending signals in the order of their numbers, and this one is high.
 FAILURE = signal.SIGRTMIN
 
 
@@ -31,7 +31,7 @@ class Lifecycle:
     """
 
     def __init__(self, drain_s: float):
-        """``drain_s`` is how long requests in flight may take once the server is told to stop, in seconds."""
+        """``drain_s`` is the number of seconds to let requests in flight finish when the server stops."""
         self._drain_s = drain_s
         self._server = os.getpid()
         self._reason = share_bytes(1000)
@@ -42,27 +42,27 @@ class Lifecycle:
         self._pending = False
 
     def __enter__(self) -> "Lifecycle":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, FAILURE):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-                signal.signal(number, self._on_signal)
+        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, FAILURE):
+            if signal_number != signal.SIGHUP or signal.getsignal(signal_number) != signal.SIG_IGN:  # by nohup
+                signal.signal(signal_number, self._on_signal)
         signal.signal(signal.SIGALRM, self._leave)
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         self.ignore_signals()
         if isinstance(error, ServerError):
-            if self._told_to_stop:  # and so was Triton, which may have ended first
+            if self._told_to_stop:  # as was Triton, which may have ended first
                 sys.exit(0)
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(error.exit_status)
 
-    def _on_signal(self, number: int, _frame: object) -> None:
-        self._told_to_stop |= number != FAILURE
-        # Only the first signal counts, so that an impatient second one does not interrupt the clean-up.
+    def _on_signal(self, signal_number: int, _frame: object) -> None:
+        self._told_to_stop |= signal_number != FAILURE
+        # Only the first signal counts, so that a second Ctrl-C does not interrupt the clean-up.
         if self._stopping:
             return
         self._stopping = True
-        if number == FAILURE:
+        if signal_number == FAILURE:
             LOGGER.critical(self._reason.tobytes().rstrip(b"\0").decode(errors="replace"))
             self._exit_status = 1
         if self._deferred:
@@ -71,13 +71,13 @@ class Lifecycle:
             self._leave()
 
     def _leave(self, *_: object) -> None:
-        # In a destructor or a callback, Python ignores SystemExit. Raise it again until the server has begun to end.
+        # Python ignores SystemExit in a destructor or a callback. Raise it again until the server has begun to stop.
         signal.alarm(1)
         sys.exit(self._exit_status)
 
     @contextlib.contextmanager
     def signals_deferred(self) -> Iterator[None]:
-        """Make a signal wait until the end of the block."""
+        """Defer signals until the end of the block."""
         self._deferred = True
         try:
             yield
@@ -87,12 +87,12 @@ class Lifecycle:
             self._leave()
 
     def ignore_signals(self) -> None:
-        """Ignore signals and failures from here on: the server is ending anyway."""
+        """Ignore further signals and failures, because the server is stopping anyway."""
         self._stopping = True
         signal.alarm(0)
 
     def fail(self, reason: str) -> None:
-        """Stop the server with status 1, so that a supervisor restarts it. From any thread of any of its processes."""
+        """Stop the server with status 1, so that a supervisor restarts it. Any thread and process may call this."""
         if not self._stopping:
             if not self._reason[0]:
                 encoded = reason.encode()[: len(self._reason)]
@@ -100,7 +100,7 @@ class Lifecycle:
             os.kill(self._server, FAILURE)
 
     def drain(self, traffic: Traffic, abandon: Callable[[], None]) -> None:
-        """Return when no request is in flight any more. Calls ``abandon`` if that takes too long."""
+        """Wait until no request is in flight. Calls ``abandon`` if this takes too long."""
         signal.alarm(0)
         began = time.monotonic()
         deadline = began + self._drain_s

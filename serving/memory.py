@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of the host: where responses are copied to, and how large they may be to fit into /dev/shm."""
+"""Host memory: copies responses from the device, and limits requests to what fits into /dev/shm."""
 
 import argparse
 import bisect
@@ -16,22 +16,22 @@ from serving.stages import Deferred, Stages
 if TYPE_CHECKING:
     import torch
 
-# PyTriton and Triton die of a bus error when /dev/shm is full. Triton's pool starts at 4 MB per instance. A
-# request and its response take 1.3 times their size there, because of gaps. PyTriton's store allocates segments in
-# powers of two and keeps them: up to 3 times the size, if requests grow. Both factors are measured.
+# If /dev/shm is full, PyTriton and Triton crash with SIGBUS. Triton's pool starts at 4 MB per instance, and a request
+# and its response take 1.3 times their size in it, because of gaps. PyTriton's store allocates segments in powers of
+# two and keeps them: up to 3 times the size if requests grow. Both factors are measured.
 SHM_BYTES_PER_INSTANCE = 5_000_000
 SHM_BYTES_PER_BYTE = 1.3 + 3
 
-# Few instances that accept large requests are more useful than many that do not: instances are given up until requests
-# of this share of the wanted size fit.
+# A few instances that accept large requests are more useful than many that reject them: the number of instances is
+# reduced until requests of this share of the configured size fit.
 USEFUL_SHARE = 1 / 25
 
 
 class ResponseMemory:
-    """Copies responses from the device to the host, into the same memory again and again."""
+    """Copies responses from the device to the host, always into the same memory."""
 
     def __init__(self, memory: np.ndarray, device: str):
-        """``memory`` is uint8 ``[N]``. It is pinned as needed, so that a GPU can copy into it in the background."""
+        """``memory`` is uint8 ``[N]``. It is pinned on demand, so that a GPU can copy into it asynchronously."""
         self._memory = memory
         self._device = device
         self._pinned = 0
@@ -39,8 +39,8 @@ class ResponseMemory:
     def store(self, outputs: Mapping[str, object]) -> "StoredResponse":
         """Copy the outputs of a job, of any shape and dtype, to the host.
 
-        On a GPU the copies are complete once torch's current stream has come to this point. Raises InvalidRequest if
-        the memory is too small.
+        On a GPU, the copies are complete when torch's current stream reaches this point. Raises InvalidRequest if the
+        memory is too small.
         """
         response = StoredResponse(self._memory)
         copies = []
@@ -56,7 +56,7 @@ class ResponseMemory:
             self._pin(response.packer.end)
         for tensor, target in copies:
             _copy_from_gpu(tensor, target)
-        # The deferred outputs come after the others, because their sizes are not known yet.
+        # The deferred outputs come last, because their sizes are not known yet.
         for name, output in outputs.items():
             if isinstance(output, Deferred):
                 response.deferred[name] = Deferred(output.compute, self._copy_source(output.source))
@@ -81,7 +81,7 @@ class ResponseMemory:
         return pinned
 
     def _pin(self, size: int) -> None:
-        # As much as was ever needed instead of everything: pinned pages take up memory even if nobody writes to them.
+        # Only the largest size so far, instead of everything: pinned pages take up memory even if they are unused.
         if min(size, len(self._memory)) <= self._pinned:
             return
         import torch
@@ -90,7 +90,7 @@ class ResponseMemory:
         if self._pinned:
             torch.cuda.check_error(cudart.cudaHostUnregister(pointer))
             self._pinned = 0
-        # Rounded up, so that it does not happen again soon.
+        # Round up, so that this happens rarely.
         size = min(len(self._memory), 1 << (size - 1).bit_length())
         torch.cuda.check_error(cudart.cudaHostRegister(pointer, size, 0))
         self._pinned = size
@@ -108,7 +108,7 @@ def _copy_from_gpu(tensor: "torch.Tensor", target: np.ndarray) -> None:
 
 
 class StoredResponse:
-    """A response in the memory of a channel, of which deferred outputs may still be missing."""
+    """A response in the memory of a channel. Deferred outputs may still be missing."""
 
     def __init__(self, memory: np.ndarray):
         """``memory`` is uint8 ``[N]``."""
@@ -134,7 +134,7 @@ class StoredResponse:
         return InvalidRequest(f"the response exceeds the limit of {self._limit} bytes: request fewer outputs")
 
     def complete(self) -> Mapping[str, ArraySpec]:
-        """Compute the deferred outputs and return where everything lies. From any thread. Raises InvalidRequest."""
+        """Compute the deferred outputs, and return the specs of all arrays. Thread-safe. Raises InvalidRequest."""
         while self.deferred:
             name, output = self.deferred.popitem()
             self.add(name, output.compute(output.source))
@@ -144,9 +144,9 @@ class StoredResponse:
 def fit_shared_memory(
     stages: type[Stages], options: argparse.Namespace, instances: int, free: int
 ) -> tuple[int, argparse.Namespace, str]:
-    """Return how many instances fit into /dev/shm, with which options, and a warning or an empty string.
+    """Return the number of instances that fit into /dev/shm, their options, and a warning or an empty string.
 
-    ``instances`` is what the user wants, and ``free`` is the number of free bytes. Only the size option of the stages
+    ``instances`` is the configured number, and ``free`` is the number of free bytes. Only the size option of the stages
     may change. Raises UsageError if not even one instance fits.
     """
     name = stages.size_option

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building blocks for the command line, and the options that every server has."""
+"""Helpers for the command line, and the options of every server."""
 
 import argparse
 import logging
@@ -8,17 +8,17 @@ import re
 import socket
 from collections.abc import Callable
 
-# Used unless the user says otherwise, by the type of the device. A GPU computes two batches at the same time: while one
-# is preprocessed, the network computes the other. A third of its instances copy requests and responses. On a CPU, there
-# is one instance more than the client keeps requests in flight by default: the batcher reserves it for small ones. The
-# queue holds what is computed within seconds.
+# Defaults by the type of the device. A GPU computes two batches at the same time: it preprocesses one while the network
+# computes the other. A third of its instances copy requests and responses. A CPU has one instance more than the client
+# keeps requests in flight by default: the batcher reserves it for small ones. The queue is as long as a few seconds of
+# work.
 DEVICE_DEFAULTS = {
     "cuda": {"instances": 20, "max_batch_size": 7, "executors": 2, "max_queue": 512},
     "cpu": {"instances": 5, "max_batch_size": 4, "executors": 1, "max_queue": 12},
 }
 DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
-MOST_DEFAULT_INSTANCES = max(defaults["instances"] for defaults in DEVICE_DEFAULTS.values())
+MAX_DEFAULT_INSTANCES = max(defaults["instances"] for defaults in DEVICE_DEFAULTS.values())
 
 
 def device_default(options: argparse.Namespace, name: str, device_type: str) -> int:
@@ -29,7 +29,7 @@ def device_default(options: argparse.Namespace, name: str, device_type: str) -> 
 def count_frontends(options: argparse.Namespace, device_type: str, workers: int) -> int:
     """Return the number of frontend processes for each worker.
 
-    A GPU keeps three busy. They share the cores with Triton, the worker and often the clients.
+    A GPU keeps three of them busy. They share the cores with Triton, the worker and often the clients.
     """
     if options.frontends:
         return options.frontends
@@ -38,11 +38,10 @@ def count_frontends(options: argparse.Namespace, device_type: str, workers: int)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser that prints the default of each option, and reports a mistake in one line with status 2."""
+    """Return a parser that prints the default of each option, and reports an error in one line with status 2."""
     return argparse.ArgumentParser(
         description=description,
-        # Without a usage line: it would appear above every error message.
-        usage=argparse.SUPPRESS,
+        usage=argparse.SUPPRESS,  # argparse would print it above every error message
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -51,7 +50,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def number(kind: type, lowest: float, highest: float | None = None) -> Callable[[str], float]:
     """Return an argparse type: a number of this kind within the bounds, inclusive."""
     what = "a whole number" if kind is int else "a number"
-    valid = f"{what} of at least {lowest}" if highest is None else f"{what} between {lowest} and {highest}"
+    valid = f"{what} >= {lowest}" if highest is None else f"{what} between {lowest} and {highest}"
 
     def parse(text: str) -> float:
         try:
@@ -75,8 +74,8 @@ def device_names(text: str) -> str:
 
 
 def ip_address(text: str) -> str:
-    """Return the IPv4 address of a host, which Triton does not resolve by itself. An argparse type."""
-    if not text:  # to gethostbyname, this means all addresses
+    """Return the IPv4 address of a host, because Triton does not resolve names. An argparse type."""
+    if not text:  # for which gethostbyname returns 0.0.0.0
         raise argparse.ArgumentTypeError("must not be empty; 0.0.0.0 listens on all addresses")
     try:
         return socket.gethostbyname(text)
@@ -97,7 +96,7 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
     for name, highest, text in (
         ("--instances", 64, "concurrent requests per device"),
         ("--max-batch-size", 64, "maximum number of requests per batch"),
-        ("--executors", 8, "batches that are computed at the same time on a device"),
+        ("--executors", 8, "batches that a device computes at the same time"),
         ("--max-queue", None, "maximum number of queued requests; further ones are rejected immediately"),
     ):
         key = name[2:].replace("-", "_")
@@ -139,13 +138,13 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         "--start-timeout-s",
         type=number(float, 1, 86_400),
         default=600,
-        help="seconds that the workers may take to start, including the download of the weights",
+        help="seconds to let the workers start, including the download of the weights",
     )
     add(
         "--worker-timeout-s",
         type=number(float, 1, 86_400),
         default=300,
-        help="exit with status 1 if requests wait and a worker responds to none of them for this many seconds",
+        help="exit with status 1 if requests wait and their worker does not respond for this many seconds",
     )
     add(
         "--triton-timeout-s",
@@ -153,14 +152,14 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         default=30,
         help="exit with status 1 if Triton or a frontend does not respond for this many seconds",
     )
-    add("--verbose", action="store_true", help="log what PyTriton and Triton do")
+    add("--verbose", action="store_true", help="log the details of PyTriton and Triton")
 
 
 class LineFormatter(logging.Formatter):
-    """Keeps a message on its line, and indents tracebacks: what a client sends cannot look like another line."""
+    """Keeps a message on one line, and indents tracebacks, so that a client's text cannot look like another line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """Return the line, with escape sequences for what is not printable."""
+        """Return the line, with escape sequences for unprintable characters."""
         return _printable(super().formatMessage(record))
 
     def formatException(self, error: tuple) -> str:  # noqa: N802
@@ -173,7 +172,7 @@ def _printable(text: str) -> str:
 
 
 def configure_logging(verbose: bool) -> None:
-    """Log what the server does to stderr, and what PyTriton does if the user wants to know."""
+    """Log to stderr: the server, and PyTriton if ``verbose``."""
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -181,6 +180,6 @@ def configure_logging(verbose: bool) -> None:
     if verbose:
         logging.getLogger("pytriton").setLevel(logging.DEBUG)
     else:
-        # PyTriton logs a traceback for each refused request, for which serving/instance.py logs a line.
+        # PyTriton logs a traceback for each rejected request. serving/instance.py logs one line.
         logging.getLogger("pytriton.proxy.inference").setLevel(logging.ERROR)
         logging.getLogger("pytriton.server").setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What native libraries print in a worker, kept out of the log until it is known to be harmless there.
+"""Captures the output of native libraries in a worker, to log it in a harmless form.
 
-A library's message may quote a client's bytes, with line breaks and escape sequences. Python's log is written past it.
+A library's message may quote a client's bytes, with line breaks and escape sequences. Python's log is not captured.
 """
 
 import contextlib
@@ -12,16 +12,16 @@ MAX_CHARACTERS = 500
 
 
 class Printed:
-    """Collects what one process prints. The process that started it can read the rest when it has ended."""
+    """The captured output of one process. Its parent can read the rest when the process has ended."""
 
     def __init__(self):
-        """Open a pipe, before the process is forked. If it is full, what is printed is lost, and nobody waits."""
+        """Open a pipe, before the process is forked. If the pipe is full, output is lost instead of blocking."""
         self._reader, self._writer = os.pipe()
         for end in (self._reader, self._writer):
             os.set_blocking(end, False)
 
     def redirect(self) -> None:
-        """Collect what this process prints from now on, except what Python logs."""
+        """Capture the output of this process from now on, except Python's log."""
         log = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler):
@@ -30,7 +30,7 @@ class Printed:
             os.dup2(self._writer, standard)
 
     def read(self) -> str:
-        """Return what was printed since the last call, as one line of printable ASCII, or an empty string."""
+        """Return the output since the last call as one line of printable ASCII, or an empty string."""
         parts = []
         with contextlib.suppress(BlockingIOError):
             while part := os.read(self._reader, 1 << 16):

@@ -25,7 +25,7 @@ class Child:
     def __init__(self, kind: str, main: Callable[..., None], *arguments: object):
         """Fork, and call ``main(pipe, *arguments)`` in the child. The server must have only one thread at this time.
 
-        ``kind`` is what log lines, errors and ``ps`` call it, such as "worker". The child exits when ``main`` returns.
+        ``kind`` is its name in log lines, errors and ``ps``, such as "worker". The child exits when ``main`` returns.
         """
         self.kind = kind
         self.pipe, child_end = Pipe()
@@ -35,7 +35,7 @@ class Child:
 
     @property
     def sentinel(self) -> int:
-        """What ``multiprocessing.connection.wait`` takes to wait for the end of the process."""
+        """The argument of ``multiprocessing.connection.wait`` to wait for the end of the process."""
         return self.process.sentinel
 
     def send(self, message: object) -> None:
@@ -59,9 +59,9 @@ class Child:
 
 def _run(parent: int, kind: str, main: Callable[..., None], pipe: object, *arguments: object) -> None:
     """Entry point of a child."""
-    # Ctrl-C in a terminal, or closing it, reaches this process as well. It has requests to finish; the server ends it.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    # Ctrl-C in a terminal, or closing it, reaches this process as well. Ignore it: the server drains requests first.
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, signal.SIG_IGN)
     _prctl(PR_SET_NAME, kind.encode())
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the server was killed before prctl
@@ -82,7 +82,7 @@ def _prctl(*arguments: object) -> None:
 
 
 def survive_server() -> None:
-    """Let this child notice the end of the server by itself, from :func:`os.getppid`. It has to exit then."""
+    """Let this child outlive the server. It has to notice the server's end with :func:`os.getppid`, and exit."""
     _prctl(PR_SET_PDEATHSIG, 0)
 
 

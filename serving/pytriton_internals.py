@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that relies on PyTriton's private parts. It is made for PyTriton 0.7.0.
+"""All code that relies on PyTriton's private parts, for PyTriton 0.7.0.
 
-PyTriton has no public way to run its handlers in several processes, nor to add to the code in Triton's stub processes.
-Used are ``Model``, which ``Triton.bind`` creates, and what its ``setup`` consists of: the handshake with the stub
-process of the first instance, which tells where the tensor store is, a RequestsResponsesConnector for each instance's
-socket, and an InferenceHandler that calls the instance.
+PyTriton has no public way to run its handlers in several processes, or to add to the code in Triton's stub processes.
+This file uses ``Model``, which ``Triton.bind`` creates, and the parts of its ``setup``: the handshake with the stub
+process of the first instance, which returns the address of the tensor store, a RequestsResponsesConnector for each
+instance's socket, and an InferenceHandler that calls the instance.
 """
 
 import base64
@@ -27,7 +27,7 @@ from pytriton.triton import Triton
 
 from serving.instance import Instance
 
-# What FrontendModel overrides or calls. An attribute that is missing is reported when this file is imported.
+# The attributes that FrontendModel overrides or calls. The import of this file fails if one is missing.
 _ = (
     pytriton.triton.Model,
     Model.setup,
@@ -40,17 +40,18 @@ _ = (
 
 # Added to PyTriton's model.py, which Triton's stub processes run. They ignore PYTHON... variables.
 #
-# For each failed request, PyTriton raises an exception. It and the frame that raised it refer to each other, and the
-# frame to the request, which lies in Triton's shared memory until Python collects this cycle. By default that takes 21
-# more requests, and each collection leaves the current one to the next generation: one in 252 stays.
+# PyTriton raises an exception for each failed request. The exception and the frame that raised it refer to each other,
+# and the frame refers to the request, which stays in Triton's shared memory until Python collects this cycle. By
+# default, that takes 21 more requests, and each collection leaves the current cycle to the next generation: one request
+# in 252 stays.
 #
-# What PyTriton cannot pass on to the server, it keeps for good. Nothing is in flight any more when execute() returns,
+# PyTriton keeps requests forever that it cannot send to the server. No request is in flight when execute() returns,
 # unless a model is decoupled.
 STUB_ADDITION = """
 
 import gc
 
-gc.freeze()  # what is there now, so that a collection only looks at what requests leave behind
+gc.freeze()  # so that a collection only visits objects of requests
 gc.set_threshold(25, 1, 1)  # a failed request leaves more than 25 objects
 
 
@@ -68,7 +69,7 @@ class TritonPythonModel(TritonPythonModel):
             parameters = request.parameters()
         except UnicodeDecodeError:
             raise pb_utils.TritonModelException("InvalidRequest: a parameter is not valid UTF-8") from None
-        if len(parameters) > 65_536:  # as JSON; what reads them takes many times that
+        if len(parameters) > 65_536:  # as JSON; parsing takes many times this memory
             raise pb_utils.TritonModelException("InvalidRequest: the parameters of the request are too long")
         for tensor in request.inputs():
             if tensor.as_numpy().size == 0:
@@ -118,8 +119,8 @@ def bind(triton: Triton, **model: object) -> FrontendModel:
 
 def start_handlers(config: TritonModelConfig, instances: Mapping[int, Instance]) -> list[threading.Thread]:
     """Start the handlers of instances, by their numbers in Triton, in this process. Returns their threads."""
-    # The memory of the tensor store belongs to another process, but Python would remove it when this one ends.
-    # From Python 3.13 on, SharedMemory has an argument for that.
+    # The tensor store belongs to another process, but Python would remove it when this one ends. From Python 3.13 on,
+    # SharedMemory has an argument for this.
     resource_tracker.register = resource_tracker.unregister = lambda *_: None
     workspace = Path(config.backend_parameters["workspace-path"])
     handshake = get_config_from_handshake_server(workspace / f"{config.model_name}-config.sock")

@@ -17,18 +17,18 @@ from serving.options import configure_logging
 from serving.stages import Stages
 from serving.triton import Triton
 
-MAX_WAIT_S = 60  # in Triton's queue; after that, a request is rejected
+MAX_WAIT_S = 60  # in Triton's queue, before a request is rejected
 
 
 class Server:
     """Serves one model. Used like PyTriton's Triton: bind a model inside a ``with`` block, then serve it.
 
-    A signal leaves the block through SystemExit, with status 0. What ends the server otherwise is reported in one line
-    on stderr, with status 2 if the user has to change something, and with status 1 otherwise.
+    A signal raises SystemExit in the block, with status 0. Any other reason to stop is one line on stderr, with status
+    2 if the user has to change something, and 1 otherwise.
     """
 
     def __init__(self, stages: type[Stages], options: argparse.Namespace):
-        """``options`` come from a parser with :func:`~serving.options.add_serving_options`, and reach the stages."""
+        """``options`` come from a parser with :func:`~serving.options.add_serving_options`. The stages get them."""
         _open_standard_streams()
         configure_logging(options.verbose)
         self._lifecycle = Lifecycle(options.drain_s)
@@ -51,7 +51,7 @@ class Server:
 
     @property
     def instances(self) -> Sequence[Instance]:
-        """What PyTriton calls. Each has one request at a time, and its own share of the memory."""
+        """The callables for PyTriton. Each has one request at a time, and its own memory."""
         return self._fleet.instances
 
     def bind(
@@ -63,10 +63,10 @@ class Server:
         outputs: Sequence[Tensor],
         config: ModelConfig,
     ) -> None:
-        """Set what is served. Takes the arguments of PyTriton's ``bind``, and adds the limits of the queue."""
+        """Set the model. Takes the arguments of PyTriton's ``bind``, and adds the limits of the queue."""
         policy = QueuePolicy(
             max_queue_size=self._fleet.max_queue,
-            # A timeout that a request sets itself counts if it is shorter.
+            # A request can only set a shorter timeout.
             default_timeout_microseconds=MAX_WAIT_S * 1_000_000,
             allow_timeout_override=True,
             timeout_action=TimeoutAction.REJECT,
@@ -81,12 +81,12 @@ class Server:
         )
 
     def serve(self) -> None:
-        """Start Triton and serve until a signal arrives. Leaves through SystemExit or ServerError."""
+        """Start Triton and serve until a signal arrives. Raises SystemExit or ServerError; never returns."""
         self._triton.serve(self._fleet)
 
 
 def _open_standard_streams() -> None:
-    """Open those that are closed. Otherwise, a pipe gets their number, and what a library prints goes into it."""
+    """Open those that are closed. Otherwise, a pipe could get their number, and with it the output of libraries."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

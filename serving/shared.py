@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that forked processes share. It is anonymous: it needs no room in /dev/shm, and nobody has to remove it."""
+"""Memory that forked processes share. It is anonymous: it takes no space in /dev/shm, and needs no clean-up."""
 
 import mmap
 

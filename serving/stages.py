@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What you write to serve a network: a class with its stages."""
+"""The interface that you implement to serve a network."""
 
 import abc
 import argparse
@@ -25,9 +25,9 @@ class Deferred:
 
 @dataclass(frozen=True)
 class Checked:
-    """Outputs of a job, and a condition under which they are right.
+    """The outputs of a job, and whether they are valid.
 
-    ``valid`` is a tensor of one value in host memory. It may still be on its way from the device:
+    ``valid`` is a tensor of one value in host memory. It may be the target of an asynchronous copy from the device:
     ``.to("cpu", non_blocking=True)``. If it is false, the job fails with ``error``.
     """
 
@@ -39,12 +39,12 @@ class Checked:
 class Stages(abc.ABC):
     """Turns requests into jobs, and batches of jobs into outputs. Each executor of a worker process has one object.
 
-    One thread calls it. On a GPU, it has its own CUDA stream, which is torch's current stream in the constructor and in
-    all calls. Another thread calls ``read`` and ``weigh`` of the first object, also while a batch is computed. Any
-    object may compute the job.
+    One thread calls the object. On a GPU, it has its own CUDA stream, which is torch's current stream in the
+    constructor and in all calls. Another thread calls ``read`` and ``weigh`` of the first executor's object, even
+    during a batch. The objects of all executors may compute the job.
     """
 
-    # The option, a whole number, with which the limits grow. If /dev/shm is too small, the server lowers it.
+    # The name of an option, a whole number, with which the limits grow. If /dev/shm is too small, the server lowers it.
     size_option: ClassVar[str | None] = None
 
     @classmethod
@@ -61,7 +61,7 @@ class Stages(abc.ABC):
     def __init__(self, options: argparse.Namespace, device: str):
         """Load the network onto the device, ``cpu`` or ``cuda:N``.
 
-        ``options.max_batch_size`` and the size option are those in effect.
+        ``options.max_batch_size`` and the size option have their effective values.
         """
 
     @abc.abstractmethod
@@ -73,10 +73,10 @@ class Stages(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, jobs: Sequence) -> Sequence[Mapping[str, object] | Checked]:
-        """Return the outputs that each job asks for, without a batch dimension.
+        """Return the requested outputs of each job, without a batch dimension.
 
         Outputs are numpy arrays, strings in numpy arrays, tensors of torch or DALI on the device, or
-        :class:`Deferred`. If this raises, it is called again for each job alone.
+        :class:`Deferred`. If this raises, it is called again for each job separately.
         """
 
     def weigh(self, job: object) -> float:  # noqa: ARG002

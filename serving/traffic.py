@@ -11,7 +11,7 @@ from serving.shared import share_numbers
 
 
 class Traffic:
-    """The requests in flight. To be created before the processes are forked."""
+    """The requests in flight. Create it before the processes are forked."""
 
     def __init__(self, instances: int):
         """Make room for this many instances, which are identified by their numbers."""
@@ -37,7 +37,7 @@ class Traffic:
         self._in_flight[list(instances)] = 0
 
     def close_at(self, moment: float) -> None:
-        """Reject further requests from this time on, in seconds of ``time.monotonic``."""
+        """Reject further requests from this moment on, in seconds of ``time.monotonic``."""
         self._closes_at[0] = moment
 
     @property
@@ -47,5 +47,5 @@ class Traffic:
 
     @property
     def last_done(self) -> float:
-        """When the last request was done, in seconds of ``time.monotonic``; 0 if there was none."""
+        """The moment when the last request was done, in seconds of ``time.monotonic``, or 0 if there was none."""
         return float(self._last_done.max())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton, run by PyTriton: starts it, watches it, drains it and leaves nothing behind."""
+"""Runs Triton through PyTriton: start, supervision, draining and clean-up."""
 
 import argparse
 import asyncio
@@ -39,36 +39,36 @@ from serving.workspace import create_workspace, find_folder
 # Seconds that Triton waits for clients to close their connections when it exits. `docker stop` kills after 10 s.
 EXIT_TIMEOUT_S = 2
 
-# For the processes that Triton starts. By default glibc maps each image anew, zeroes its pages and unmaps them again;
-# with these settings images stay on the heap. 32 MiB is the highest threshold that glibc accepts.
+# For the processes that Triton starts. By default, glibc maps and unmaps memory for each image, and the kernel zeroes
+# its pages. With these settings, images are on the heap. 32 MiB is the highest threshold that glibc accepts.
 MALLOC_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
 
-# Each instance asks the first one, through a socket, where their memory is. If they start in parallel, some may ask
-# before it listens, and Triton does not start.
+# Each instance gets the address of PyTriton's shared memory from the first one, through a socket. If instances start in
+# parallel, some may connect before it listens, and Triton does not start.
 INSTANCES_ONE_BY_ONE = {"TRITON_PARALLEL_INSTANCE_LOADING": "0"}
 
-# The token becomes part of an option of Triton's, where other characters have a special meaning.
+# The token becomes part of an option of Triton, in which other characters have a special meaning.
 TOKEN = re.compile(r"[\w-]{16,}", re.ASCII)
 
 # Triton keeps 16 bytes per chunk of a request on the stack of a thread, and some more per bracket of its JSON. With the
-# usual 8 MB, a few megabytes from a client crash Triton. A thread's stack takes memory only as far as it is used.
+# usual 8 MB, a few megabytes from a client crash Triton. Unused parts of a stack take up no memory.
 STACK_BYTES = 1 << 30
 
-# Each connection takes one, and each instance some.
-LEAST_OPEN_FILES = 1024
+# Each connection needs one, and each instance some.
+MIN_OPEN_FILES = 1024
 
 LOGGER = logging.getLogger("server")
 
 
 class Triton:
-    """Like PyTriton's class of this name: bind a model, then serve it until a signal arrives."""
+    """Wraps PyTriton's class of this name: bind a model, then serve it until a signal arrives."""
 
     def __init__(self, options: argparse.Namespace, lifecycle: Lifecycle):
-        """Check addresses and ports. Raises UsageError if Triton could not listen on them."""
+        """Check the environment, addresses and ports. Raises UsageError if Triton cannot use them."""
         self._verbose = options.verbose
         self._behind_proxy = options.behind_proxy
         self._timeout_s = options.triton_timeout_s
@@ -82,13 +82,13 @@ class Triton:
         prepare_environment()
 
     def bind(self, **model: object) -> None:
-        """Remember the model. Takes the arguments of PyTriton's ``bind`` by name."""
+        """Set the model. Takes the keyword arguments of PyTriton's ``bind``."""
         self._model = model
 
     def serve(self, fleet: Fleet) -> None:
         """Start Triton, connect it to the fleet, and serve until a signal arrives.
 
-        Leaves through SystemExit or ServerError.
+        Raises SystemExit or ServerError; never returns.
         """
         with create_workspace(self._model["model_name"]) as workspace:
             self._serve_from(Path(workspace), fleet)
@@ -108,13 +108,13 @@ class Triton:
             helpers = helpers_of(tritonservers)
             sockets = list((workspace / "triton").glob("*.sock"))
             watched = triton, helpers, sockets
-            threading.Thread(target=self._fail_without_helpers, args=watched, daemon=True).start()
+            threading.Thread(target=self._watch_helpers, args=watched, daemon=True).start()
             if not self._behind_proxy and not all(_is_loopback(address) for _, address, _ in _listening(self._config)):
-                LOGGER.warning("EXPOSED: whoever can reach this server can crash it: see docs/security.md for a proxy")
+                LOGGER.warning("EXPOSED: anyone who reaches this server can crash it; see docs/security.md for a proxy")
             LOGGER.info("ready: model %s at %s", self._model["model_name"], _urls(self._config))
-            endpoint = next(_listening(self._config))  # of HTTP, or of gRPC if HTTP is off
+            endpoint = next(_listening(self._config))  # HTTP's, or gRPC's if HTTP is off
             probe = TritonProbe(*endpoint, self._model["model_name"])
-            with Watchdog(probe.is_ready, self._timeout_s, self._fail_without_responses):
+            with Watchdog(probe.is_ready, self._timeout_s, self._on_triton_hang):
                 triton.serve(monitoring_period_s=1)
             self._lifecycle.ignore_signals()
             raise ServerError("Triton exited unexpectedly; --verbose shows its log")
@@ -131,44 +131,44 @@ class Triton:
         try:
             triton.run()
         except Exception as error:
-            # An exception in one of Triton's stub processes has a traceback around the line that counts.
+            # The relevant line of an exception in one of Triton's stub processes is in the middle of a traceback.
             lines = str(error).split("\nAt:\n")[0].strip().splitlines() or [type(error).__name__]
             raise ServerError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
         finally:
             with self._lifecycle.signals_deferred():
                 started.set()
-                # Triton does not remove it, and needs it only for models with an environment of their own.
+                # Triton does not remove it, and needs it only for models with their own environment.
                 for folder in set(Path("/tmp").glob("python_env_*")) - environments:
                     with contextlib.suppress(OSError):
                         folder.rmdir()
 
-    def _fail_without_helpers(
+    def _watch_helpers(
         self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process], sockets: Sequence[Path]
     ) -> None:
-        # Triton would start another helper, which does not find the memory of the first.
+        # Triton would start another helper, which cannot attach to the memory of the first.
         with contextlib.suppress(ProcessLookupError):  # it has ended already
             ends = [os.pidfd_open(helper.pid) for helper in helpers]
             while not connection.wait(ends, timeout=1):
-                # Some instances may have connected already, and would go on. The others would fail for ever.
+                # Instances that have already connected would continue, but the others would always fail.
                 if deleted := [path for path in sockets if not path.exists()]:
                     self._lifecycle.fail(f"stopping: {deleted[0]} was deleted")
                     return
         if triton.is_alive():  # otherwise, the main thread notices
             self._lifecycle.fail("stopping: one of Triton's helper processes exited")
 
-    def _fail_without_responses(self) -> None:
+    def _on_triton_hang(self) -> None:
         self._lifecycle.fail(f"stopping: Triton has not responded for {self._timeout_s:g} s")
-        # Clients that wait for it are told now. This also ends a server whose signal from fail() is lost.
+        # This ends the requests in flight, and the server if the signal from fail() is lost.
         kill_processes(_tritonservers())
 
     def _clean_up(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process]) -> None:
-        """Stop Triton, and remove what it leaves behind, also if it was killed or ran out of time."""
+        """Stop Triton, and remove its leftovers, even if it was killed or ran out of time."""
         helpers = {*helpers, *helpers_of(_tritonservers())}
         folders = model_folders(helpers)
-        # Triton's own exit timeout does not cover everything that it waits for.
+        # Triton's exit timeout does not cover all of its waits.
         killer = threading.Timer(2 * EXIT_TIMEOUT_S, kill_processes, args=[_tritonservers()])
         killer.start()
-        # PyTriton prints what Triton's processes print, in the end the complaints of their resource trackers.
+        # PyTriton prints the output of Triton's processes, which ends with warnings of their resource trackers.
         quiet = contextlib.nullcontext() if self._verbose else contextlib.redirect_stdout(io.StringIO())
         with self._lifecycle.signals_deferred(), quiet:
             try:
@@ -179,17 +179,17 @@ class Triton:
 
 
 def _configure(options: argparse.Namespace) -> TritonConfig:
-    """Return Triton's configuration: options of the command line, then of the environment, then defaults."""
+    """Return Triton's configuration. The command line takes precedence over the environment."""
     config: dict[str, object] = {
         **{f"{protocol}_port": port for protocol, port in DEFAULT_PORTS.items()},
         **{f"{protocol}_address": DEFAULT_ADDRESS for protocol in DEFAULT_PORTS},
-        # Without a GPU, Triton would print that it cannot measure one.
+        # Without a GPU, these would only print a warning.
         "allow_gpu_metrics": Path("/dev/nvidiactl").exists(),
-        # Triton would listen on a further port if the environment has AIP_MODE=PREDICTION.
+        # With AIP_MODE=PREDICTION in the environment, Triton would listen on another port.
         "allow_vertex_ai": False,
         "allow_sagemaker": False,
         "exit_timeout_secs": EXIT_TIMEOUT_S,
-        # Triton logs a page for each refused request, and PyTriton keeps all of it in memory.
+        # Triton logs a page for each rejected request, and PyTriton keeps the log in memory.
         "log_file": None if options.verbose else os.devnull,
         "log_verbose": int(options.verbose),
     }
@@ -211,17 +211,17 @@ def _load_internals() -> ModuleType:
         import serving.pytriton_internals as internals
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f"PyTriton {version('nvidia-pytriton')} lacks what this server uses ({error}): install requirements.txt"
+            f"PyTriton {version('nvidia-pytriton')} does not fit this server ({error}): install requirements.txt"
         ) from error
     return internals
 
 
 def _secure(options: argparse.Namespace) -> TritonSecurityConfig:
-    """Return what protects the administrative endpoints. Without a token, PyTriton generates one."""
+    """Return the token for the administrative endpoints. Without one, PyTriton generates it."""
     token = getattr(options, "access_token", os.environ.get("TRITON_ACCESS_TOKEN"))
     if token is not None and not TOKEN.fullmatch(token):
         raise UsageError(
-            "--access-token, or TRITON_ACCESS_TOKEN in the environment, must be at least 16 letters, digits, - and _"
+            "--access-token, or TRITON_ACCESS_TOKEN in the environment, must have at least 16 letters, digits, - and _"
         )
     return TritonSecurityConfig(access_token=token)
 
@@ -237,7 +237,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _check_ports(config: TritonConfig) -> None:
-    # Triton itself would fail late, and PyTriton would wait for it for minutes.
+    # Otherwise, Triton fails late, and PyTriton waits for it for minutes.
     with contextlib.ExitStack() as sockets:
         for protocol, address, port in _listening(config):
             try:
@@ -258,7 +258,7 @@ def _urls(config: TritonConfig) -> str:
 
 
 def prepare_environment() -> None:
-    """Set the environment that Triton inherits, and how the threads of this process take turns."""
+    """Set the environment and the limits that Triton inherits, and tune the threads of this process."""
     try:
         Path.cwd()
     except FileNotFoundError:
@@ -266,7 +266,7 @@ def prepare_environment() -> None:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     if not get_stub_path(python).exists():
         raise UsageError(f"PyTriton does not support Python {python}; use Python 3.11 or 3.12")
-    # Triton's Python backend finds libpython through the loader's path, and must find the one of this interpreter.
+    # Triton's Python backend finds libpython through the loader's path. Put this interpreter's first.
     library = f"libpython{python}.so.1.0"
     folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib"]
     found = [folder for folder in folders if folder and os.access(f"{folder}/{library}", os.R_OK)]
@@ -281,26 +281,26 @@ def prepare_environment() -> None:
     os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, [*found, os.environ.get("LD_LIBRARY_PATH")]))
     for name, value in (MALLOC_ENVIRONMENT | INSTANCES_ONE_BY_ONE | {"PATH": os.defpath}).items():
         os.environ.setdefault(name, value)
-    # Not without a limit: then glibc gives threads 2 MB.
+    # Not RLIM_INFINITY, for which glibc's threads have 2 MB.
     _, highest = resource.getrlimit(resource.RLIMIT_STACK)
     stack_bytes = STACK_BYTES if highest == resource.RLIM_INFINITY else min(STACK_BYTES, highest)
     resource.setrlimit(resource.RLIMIT_STACK, (stack_bytes, highest))
-    # Clients with many connections would use them up. Triton would then report each one that it cannot accept.
+    # Clients with many connections could use up all files. Then, Triton logs each connection that it cannot accept.
     _, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if highest < LEAST_OPEN_FILES:
+    if highest < MIN_OPEN_FILES:
         raise UsageError(
-            f"the hard limit of open files is {highest}, but at least {LEAST_OPEN_FILES} are needed: raise it with "
+            f"the hard limit of open files is {highest}, but must be at least {MIN_OPEN_FILES}: raise it with "
             "LimitNOFILE of systemd, or docker run --ulimit nofile"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))
     # An instance waits for the GIL several times per request, by default up to 5 ms each time.
     sys.setswitchinterval(0.0005)
-    # PyTriton runs an event loop per instance. This one holds the GIL for less time than Python's own.
+    # PyTriton runs an event loop per instance. uvloop holds the GIL for less time than asyncio's own loop.
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
 
 
 def _hide_segments(started: threading.Event) -> None:
-    """Until Triton has started, watch for its segments. It creates them readable for all users of the machine."""
+    """Make Triton's segments private until it has started. It creates them readable for all users of the machine."""
     done = False
     while not done:
         done = started.wait(0.01)

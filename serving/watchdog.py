@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notices processes that hang: they look alive, but nobody gets a response."""
+"""Detects processes that hang: they are running, but do not respond."""
 
 import contextlib
 import http.client
@@ -10,18 +10,18 @@ from collections.abc import Callable
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
-# In a row. After a pause of the whole machine, only the first one fails. For Triton, each has a connection of its own:
-# one of its threads may be busy with a large request.
+# Checks that fail in a row. After a pause of the whole machine, only the first one fails. Each check of Triton uses a
+# new connection, because one of its threads may be busy with a large request.
 CHECKS = 3
 
 
 class Watchdog:
-    """Checks something inside a ``with`` block, and calls a function if the checks keep failing."""
+    """Checks something inside a ``with`` block, and calls a function if several checks fail in a row."""
 
     def __init__(self, is_well: Callable[[float], bool], timeout_s: float, on_silence: Callable[[], None]):
-        """``is_well`` gets the number of seconds that a check may take.
+        """``is_well`` takes the maximum duration of a check in seconds.
 
-        Calls ``on_silence`` once, in another thread, if several checks fail in a row and take ``timeout_s`` seconds.
+        Calls ``on_silence`` once, in another thread, if all checks fail for ``timeout_s`` seconds.
         """
         self._is_well = is_well
         self._period_s = timeout_s / CHECKS
@@ -46,29 +46,29 @@ class Watchdog:
 
 
 class TritonProbe:
-    """Asks Triton whether a model is ready. Does not follow http_proxy in the environment."""
+    """Checks whether a model in Triton is ready. Ignores http_proxy in the environment."""
 
     def __init__(self, protocol: str, address: str, port: int, model_name: str):
-        """Ask over ``http`` or ``grpc``, at an IPv4 address where Triton listens."""
-        self._ask = self._ask_http if protocol == "http" else self._ask_grpc
+        """``protocol`` is ``http`` or ``grpc``; ``address`` is an IPv4 address on which Triton listens."""
+        self._check = self._check_http if protocol == "http" else self._check_grpc
         self._address = "127.0.0.1" if address == "0.0.0.0" else address
         self._port = port
         self._model_name = model_name
 
     def is_ready(self, timeout_s: float) -> bool:
-        """Return whether Triton says so within this time."""
+        """Return whether Triton reports that the model is ready, within this time."""
         try:
-            return self._ask(timeout_s)
+            return self._check(timeout_s)
         except (OSError, http.client.HTTPException, InferenceServerException):
             return False
 
-    def _ask_http(self, timeout_s: float) -> bool:
+    def _check_http(self, timeout_s: float) -> bool:
         connection = http.client.HTTPConnection(self._address, self._port, timeout=timeout_s)
         with contextlib.closing(connection):
             connection.request("GET", f"/v2/models/{self._model_name}/ready")
             return connection.getresponse().status == http.HTTPStatus.OK
 
-    def _ask_grpc(self, timeout_s: float) -> bool:
+    def _check_grpc(self, timeout_s: float) -> bool:
         no_proxy = [("grpc.enable_http_proxy", 0)]
         with tritonclient.grpc.InferenceServerClient(f"{self._address}:{self._port}", channel_args=no_proxy) as client:
             return client.is_model_ready(self._model_name, client_timeout=timeout_s)

@@ -25,7 +25,7 @@ LOGGER = logging.getLogger("server")
 
 @dataclass(frozen=True)
 class Ready:
-    """What a worker reports when it has started."""
+    """The report of a worker that has started."""
 
     device_type: str
     instances: int
@@ -57,26 +57,26 @@ def run_worker(
         if warning:
             LOGGER.warning(warning)
         options.max_batch_size = device_default(options, "max_batch_size", device_type)
-        LOGGER.info("instances: %d, requests per batch: %d at most", instances, options.max_batch_size)
+        LOGGER.info("instances: %d, maximum batch size: %d", instances, options.max_batch_size)
         channels = channels[:instances]
         memories = open_memories(channels, stages.limits(options)[1], device)
         count = device_default(options, "executors", device_type)
         executors = [Executor(stages, options, device, memories)]
-        with _without_warnings():  # the others would say the same
+        with _without_warnings():  # the others would repeat them
             executors += [Executor(stages, options, device, memories) for _ in range(count - 1)]
     except ServerError:
         raise
-    except (Exception, SystemExit) as error:  # typically torch's and DALI's, about a GPU whose memory is full
+    except (Exception, SystemExit) as error:  # typically of torch or DALI, if the GPU's memory is full
         LOGGER.debug("a worker failed to start", exc_info=error)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ServerError(f"a worker failed to start: {reason}; --verbose shows where") from error
     LOGGER.removeHandler(warnings)
-    # On a CPU, a batch takes as long as its jobs one after another, so that large ones need not share one.
+    # On a CPU, a batch takes as long as its jobs one after another, so large jobs gain nothing from sharing one.
     max_batch_weight = 1 if device_type == "cpu" else math.inf
     batcher = Batcher(channels, executors, printed, options.max_batch_size, max_batch_weight)
     messages = tuple(record.getMessage() for record in warnings.buffer)
     pipe.send(Ready(device_type, instances, stages.limits(options)[0], messages))
-    printed.redirect()  # from here on, what is printed may come from a client
+    printed.redirect()  # from here on, output may contain a client's text
     batcher.run()
 
 

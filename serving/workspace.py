@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder from which Triton runs, with its sockets: private, and with a path that Triton and PyTriton can take."""
+"""The folder in which Triton runs, with its sockets: private, and with a path that Triton and PyTriton support."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from serving.errors import UsageError
 
-# PyTriton puts the path into commands and URLs without quoting it.
+# PyTriton does not quote the path in commands and URLs.
 SAFE_PATH = re.compile(r"[\w./@+-]+", re.ASCII)
 
 # sun_path in unix(7) has 108 bytes, the last of which is NUL.
@@ -19,9 +19,9 @@ LOGGER = logging.getLogger("server")
 
 
 def find_folder(model_name: str = "model") -> Path:
-    """Return a folder in which :func:`create_workspace` can create one: one that Triton can run from.
+    """Return a folder in which :func:`create_workspace` can create a workspace for Triton.
 
-    It is ``PYTRITON_HOME`` if that is set, or else in the user's cache, or else ``/tmp``. Raises UsageError if Triton
+    It is ``PYTRITON_HOME`` if that is set, and otherwise in the user's cache, or ``/tmp``. Raises UsageError if Triton
     cannot run in any of them.
     """
     if not os.access("/tmp", os.W_OK | os.X_OK):
@@ -51,7 +51,7 @@ def _find_problem(folder: Path, model_name: str) -> str:
     # This is the longest of its paths with up to 1,000 instances.
     socket_path = folder / "workspace_12345678" / "triton" / f"{model_name}_0_999-server.sock"
     if not SAFE_PATH.fullmatch(str(folder)):
-        return f"the path of PyTriton's folder, {str(folder)!r}, has characters that Triton cannot take"
+        return f"the path of PyTriton's folder, {str(folder)!r}, has characters that Triton does not support"
     if len(str(socket_path)) > SOCKET_PATH_BYTES:
         return f"the path of PyTriton's folder, {folder}, is too long for the sockets in it"
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers, started as a user starts them, and what several tests need to talk to them."""
+"""Servers, started as a user starts them, and shared helpers to talk to them."""
 
 import argparse
 import contextlib
@@ -38,7 +38,7 @@ from tools.launch import DIRECT, LaunchedServer  # noqa: E402
 
 encode = hostile_photos.encode
 
-# A shell makes what it starts with "&" ignore SIGINT. If that is pytest, what it starts would ignore Ctrl-C, too.
+# A shell makes background ("&") processes ignore SIGINT. If pytest is one, its children would also ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MODEL_NAME = "ResNet101"
@@ -53,7 +53,7 @@ PHOTO = SAMPLES["person"][0].read_bytes()
 
 
 class Server(LaunchedServer):
-    """A server whose log is a file, and that can tell what it consists of and what it left behind."""
+    """A server with a log file, and with methods that list its processes and its leftovers."""
 
     def __init__(
         self, log: Path, *arguments: object, script: Path = ROOT / "server.py", model_name: str = MODEL_NAME, **options
@@ -61,8 +61,8 @@ class Server(LaunchedServer):
         """``options`` are those of LaunchedServer."""
         self.log = log
         self.model_name = model_name
-        # Its own home for PyTriton's workspaces shows what is left behind there. The path is short, because Unix
-        # sockets lie there, whose paths end at 107 characters.
+        # A separate home for PyTriton's workspaces shows leftovers there. The path is short, because it contains Unix
+        # sockets, whose paths are limited to 107 characters.
         self.home = Path(tempfile.mkdtemp(prefix="pytriton-"))
         self._segments: set[Path] = set()
         environment = {"PYTRITON_HOME": str(self.home)} | options.pop("environment", {})
@@ -78,8 +78,8 @@ class Server(LaunchedServer):
             )
 
     def __exit__(self, *_: object) -> None:
-        """End what is still running, and remove what a killed server left."""
-        # Not as a user would, which takes 5 s. Python's resource trackers have time to remove what they track.
+        """Kill the remaining processes, and remove the leftovers of a killed server."""
+        # Not as a user would, which takes 5 s. Python's resource trackers have time to clean up.
         family = self.family()
         self.segments()
         for process in family:
@@ -150,8 +150,8 @@ class Server(LaunchedServer):
         return [process for process in self.family() if kind(process, main) == wanted]
 
     def left_behind(self) -> list[str]:
-        """Return what a stopped server left: processes, shared memory, files in its workspace."""
-        psutil.wait_procs(self.family(), timeout=2)  # Python's resource trackers end after what they track
+        """Return the leftovers of a stopped server: processes, shared memory, files in its workspace."""
+        psutil.wait_procs(self.family(), timeout=2)  # Python's resource trackers end last
         return [*map(str, self.family()), *map(str, self.segments()), *map(str, self.home.glob("workspace_*"))]
 
 
@@ -166,7 +166,7 @@ def processes_of(home: str | Path) -> list[psutil.Process]:
 
 
 def get(port: int, path: str) -> str:
-    """Return what ``http://127.0.0.1:port/path`` says, or raise."""
+    """Return the text at ``http://127.0.0.1:port/path``, or raise."""
     with DIRECT.open(f"http://127.0.0.1:{port}{path}") as response:
         return response.read().decode()
 
@@ -184,7 +184,7 @@ def running_toy(log: Path, *arguments: object, **options: object) -> contextlib.
 
 
 def start_toy(log: Path, *arguments: object, **options: object) -> Server:
-    """Start the toy server, or a script that runs it, and return at once."""
+    """Start the toy server, or a script that runs it, and return immediately."""
     return Server(log, *arguments, **{"script": TOY_SERVER, "model_name": "Toy"} | options)
 
 
@@ -199,7 +199,7 @@ def running_together(servers: Mapping[str, Server]) -> Iterator[Mapping[str, Ser
         yield servers
 
 
-# No proxy answers there: downloads fail as on a machine without a network.
+# No proxy listens there: downloads fail as on a machine without a network.
 OFFLINE = dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9") | {"no_proxy": "", "NO_PROXY": ""}
 
 
@@ -213,7 +213,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def mask_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server for the client, without a network. More than five photos at once are too many for it."""
+    """A server for the client, without a network. It takes up to five photos at the same time."""
     log = tmp_path_factory.mktemp("mask_server") / "log"
     with running_server(log, "--max-queue", 4, script=ROOT / "tests" / "mask_server.py") as server:
         yield server
@@ -226,7 +226,7 @@ def connection(server: Server, request: pytest.FixtureRequest) -> Connection:
 
 
 class Done(NamedTuple):
-    """How a run of the client ended, and what it printed."""
+    """The exit status and the output of a run of the client."""
 
     status: int
     out: str
@@ -254,7 +254,7 @@ def http_connection(server: Server) -> Connection:
 
 
 def with_tmpfs(path: str, size: str) -> list[str]:
-    """Return what to put before a command so that it has a small file system of its own at a path."""
+    """Return a prefix for a command that mounts a small private file system at a path."""
     mount = f'mount -t tmpfs -o size={size} tmpfs "{path}" && exec "$@"'
     prefix = ["unshare", "-rm", "sh", "-c", mount, "sh"]
     environment = os.environ | {"PYTRITON_HOME": "/mnt"}
@@ -298,7 +298,7 @@ def decode_cut_out(encoded: bytes) -> tuple[np.ndarray, np.ndarray, str]:
 
 
 def with_chunk(png: bytes, kind: bytes, data: bytes, count: int = 1) -> bytes:
-    """Return the PNG with a chunk behind its first, the header."""
+    """Return the PNG with a chunk after its first, the header."""
     return png[:33] + count * hostile_photos.chunk(kind, data) + png[33:]
 
 
@@ -341,20 +341,20 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 20) -> None:
         time.sleep(0.02)
 
 
-def infer_until_refused(connection: Connection, photo: bytes = PHOTO, **parameters: object) -> tuple[int, str]:
-    """Send a photo until it is not answered. Return how often it was, and what was said the last time."""
-    answered = 0
+def infer_until_rejected(connection: Connection, photo: bytes = PHOTO, **parameters: object) -> tuple[int, str]:
+    """Send a photo until a request fails. Return the number of successful requests, and the error."""
+    succeeded = 0
     while True:
         try:
-            answer = connection.infer(photo, parameters=parameters)
+            response = connection.infer(photo, parameters=parameters)
         except InferenceError as error:
-            return answered, str(error)
-        assert {array.shape[:3] for array in answer.values() if array.ndim == 4} == {(1, *decode(photo).shape[:2])}
-        answered += 1
+            return succeeded, str(error)
+        assert {array.shape[:3] for array in response.values() if array.ndim == 4} == {(1, *decode(photo).shape[:2])}
+        succeeded += 1
 
 
 def http_request(photo: bytes, model_name: str = MODEL_NAME) -> bytes:
-    """Return what goes over the wire for a photo, in the simplest form that Triton accepts."""
+    """Return the simplest request for a photo that Triton accepts, as it goes over the wire."""
     head = (
         f"POST /v2/models/{model_name}/infer HTTP/1.1\r\nHost: test\r\nContent-Length: {len(photo)}\r\n"
         "Inference-Header-Content-Length: 0\r\n\r\n"
@@ -384,7 +384,7 @@ class RunningStages:
         return channel
 
     def job(self, content: object) -> Job:
-        """Return a job for the stages, with a channel of its own."""
+        """Return a job for the stages, with its own channel."""
         return Job(self._open_channel(), content, self.stages.weigh(content))
 
     def __call__(self, jobs: Sequence[Job]) -> list[dict[str, np.ndarray] | Exception]:
@@ -394,7 +394,7 @@ class RunningStages:
 
 
 def complete(memory: np.ndarray, response: StoredResponse | Exception) -> dict[str, np.ndarray] | Exception:
-    """Return what a client gets, from the memory of the response."""
+    """Return the arrays that a client gets, from the memory of the response."""
     return response if isinstance(response, Exception) else unpack(memory, response.complete())
 
 

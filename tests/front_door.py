@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proxy as it is shipped, in front of the servers of a test, and what it takes to attack it, all on loopback."""
+"""The proxy as it is shipped, in front of the servers of a test, and the tools to attack it, all on loopback."""
 
 import contextlib
 import http.client
@@ -44,7 +44,7 @@ TOY = {
 
 
 def adapt(configuration: str, replacements: Mapping[str, str]) -> str:
-    """Return a configuration with what is different here. Each of the replacements has to be necessary."""
+    """Return a configuration with replacements for the test. Each of them has to be necessary."""
     for there, here in replacements.items():
         assert there in configuration, there
         configuration = configuration.replace(there, here)
@@ -52,7 +52,7 @@ def adapt(configuration: str, replacements: Mapping[str, str]) -> str:
 
 
 def image_files() -> dict[str, Path]:
-    """Return what proxy.Dockerfile copies to /etc/proxy, by its path there."""
+    """Return the files that proxy.Dockerfile copies to /etc/proxy, by their paths there."""
     copied = re.findall(r"^COPY (.*) /etc/proxy/(.*)$", (ROOT / "deploy/proxy.Dockerfile").read_text(), re.MULTILINE)
     files = {}
     for names, folder in copied:
@@ -71,7 +71,7 @@ class Proxy:
         api_keys: str = OPEN,
         files: Mapping[str, Path] | None = None,
     ):
-        """``certificate`` is a PEM file with its key; then the proxy has TLS ports, too. ``api_keys`` are lines to add.
+        """``certificate`` is a PEM file with its key; then the proxy also has TLS ports. ``api_keys`` are lines to add.
 
         ``files`` are those in /etc/proxy, by default the ones of the image.
         """
@@ -142,7 +142,7 @@ class Proxy:
         (self.folder / "servers.conf").write_text(text)
 
     def grpc_statuses(self) -> list[str]:
-        """Return the gRPC statuses of the attacker's calls, from the log: clients get them behind an answer."""
+        """Return the gRPC statuses of the attacker's calls, from the log: clients get them after a response."""
         lines = [line for line in self.log.read_text().splitlines() if line.startswith(f"{ATTACKER} ")]
         return [status for line in lines if (status := line.split('" ')[-1].split(" ")[1].strip("-"))]
 
@@ -185,12 +185,12 @@ def connected(port: int, receive_buffer: int = 0) -> Iterator[socket.socket]:
 
 def send(connection: socket.socket, data: bytes) -> None:
     """Send as much as the other side takes."""
-    with contextlib.suppress(OSError):  # it may have answered and closed the connection already
+    with contextlib.suppress(OSError):  # it may have responded and closed the connection already
         connection.sendall(data)
 
 
 def receive(connection: socket.socket) -> bytes:
-    """Return what the other side says until it closes the connection, or nothing for as long as the timeout."""
+    """Return the data that arrives until the other side closes the connection, or until the timeout."""
     received = b""
     with contextlib.suppress(OSError):
         while part := connection.recv(1 << 16):
@@ -204,7 +204,7 @@ def request_head(method: str, path: str, *headers: str) -> bytes:
 
 
 def statuses(port: int, data: bytes) -> list[int]:
-    """Send bytes over a new connection, and return the HTTP statuses of all answers until it is closed."""
+    """Send bytes over a new connection, and return the HTTP statuses of all responses until it is closed."""
     with connected(port) as connection:
         send(connection, data)
         received = receive(connection)
@@ -212,21 +212,21 @@ def statuses(port: int, data: bytes) -> list[int]:
 
 
 def status(port: int, method: str, path: str, *headers: str, body: bytes = b"") -> int:
-    """Send a request as it is, and return the status of the first answer."""
+    """Send a request as it is, and return the status of the first response."""
     with connected(port) as connection:
         send(connection, request_head(method, path, *headers) + body)
         return int(connection.makefile("rb").readline().split()[1])
 
 
-def refusal(port: int, method: str, path: str, *headers: str, body: bytes = b"") -> tuple[int, str]:
-    """Send a request as it is, and return the status and the sentence with which it is refused."""
+def rejection(port: int, method: str, path: str, *headers: str, body: bytes = b"") -> tuple[int, str]:
+    """Send a request as it is, and return the status and the sentence with which it is rejected."""
     with connected(port) as connection:
         send(connection, request_head(method, path, *headers) + body)
-        # Until the answer is complete: nginx waits for a body that does not come before it closes the connection.
-        answer = http.client.HTTPResponse(connection)
-        answer.begin()
-        assert answer.headers["Content-Type"] == "application/json"
-        return answer.status, json.loads(answer.read())["error"]
+        # Until the response is complete: nginx waits for a body that does not come before it closes the connection.
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.headers["Content-Type"] == "application/json"
+        return response.status, json.loads(response.read())["error"]
 
 
 def grpc_status(port: int, method: str, message: bytes = b"", **options: object) -> grpc.StatusCode:
@@ -240,14 +240,14 @@ def grpc_status(port: int, method: str, message: bytes = b"", **options: object)
     return grpc.StatusCode.OK
 
 
-def infer_refusal(port: int, json_part: bytes, photo: bytes = b"") -> tuple[int, str]:
-    """Send JSON and a photo behind it to the toy, and return the status and the sentence of the refusal."""
+def infer_rejection(port: int, json_part: bytes, photo: bytes = b"") -> tuple[int, str]:
+    """Send JSON and a photo after it to the toy, and return the status and the sentence of the rejection."""
     lengths = f"Inference-Header-Content-Length: {len(json_part)}", f"Content-Length: {len(json_part) + len(photo)}"
-    return refusal(port, "POST", "/v2/models/Toy/infer", *lengths, body=json_part + photo)
+    return rejection(port, "POST", "/v2/models/Toy/infer", *lengths, body=json_part + photo)
 
 
-def grpc_refusal(port: int, message: bytes) -> tuple[grpc.StatusCode, str]:
-    """Send a message to the toy over gRPC, and return the status and the sentence with which it is refused."""
+def grpc_rejection(port: int, message: bytes) -> tuple[grpc.StatusCode, str]:
+    """Send a message to the toy over gRPC, and return the status and the sentence with which it is rejected."""
     sizes = [("grpc.max_send_message_length", -1)]
     with grpc.insecure_channel(f"127.0.0.1:{port}", sizes) as channel, pytest.raises(grpc.RpcError) as error:
         channel.unary_unary(f"{SERVICE}/ModelInfer")(message, timeout=60)
@@ -255,14 +255,14 @@ def grpc_refusal(port: int, message: bytes) -> tuple[grpc.StatusCode, str]:
 
 
 def described(photo: bytes) -> dict:
-    """Return what Triton's client says over HTTP about a photo for the toy."""
+    """Return the JSON of Triton's client over HTTP for a photo to the toy."""
     size = len(photo)
     image = {"name": "image", "datatype": "UINT8", "shape": [1, size], "parameters": {"binary_data_size": size}}
     return {"inputs": [image], "parameters": {"binary_data_output": True}}
 
 
 def infer_message(photo: bytes) -> service_pb2.ModelInferRequest:
-    """Return what Triton's client says over gRPC to send a photo to the toy."""
+    """Return the message of Triton's client over gRPC for a photo to the toy."""
     request = service_pb2.ModelInferRequest(model_name="Toy", raw_input_contents=[photo])
     request.inputs.add(name="image", datatype="UINT8", shape=[1, len(photo)])
     return request
@@ -299,7 +299,7 @@ def h2_data(stream: int, body: bytes) -> bytes:
 
 
 def h2_status(received: bytes) -> int | None:
-    """Return the HTTP status of the first answer among the frames that a server has sent, or None."""
+    """Return the HTTP status of the first response among the frames that a server has sent, or None."""
     while len(received) >= 9:
         length, kind = int.from_bytes(received[:3], "big"), received[3]
         payload, received = received[9 : 9 + length], received[9 + length :]
@@ -311,7 +311,7 @@ def h2_status(received: bytes) -> int | None:
 
 
 def h2_exchange(connection: socket.socket, data: bytes) -> int | None:
-    """Send frames after a preface, and return the status of the first answer."""
+    """Send frames after a preface, and return the status of the first response."""
     send(connection, H2_PREFACE + data)
     connection.settimeout(5)
     return h2_status(receive(connection))

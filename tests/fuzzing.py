@@ -48,11 +48,11 @@ class Canaries:
 
 
 def expected_pixels(photo: Sample) -> list[np.ndarray]:
-    """Return what ``original`` may be according to Pillow, or an empty list if Pillow cannot decode the photo."""
+    """Return the valid ``original`` arrays, by Pillow, or an empty list if Pillow cannot decode the photo."""
     try:
         image = Image.open(io.BytesIO(photo.data), formats=("JPEG", "PNG", "WEBP", "BMP"))
         image.load()
-    except Exception:  # Pillow raises whatever the damage makes it stumble over
+    except Exception:  # Pillow can raise anything on a damaged file
         return []
     image = Image.fromarray(np.asarray(as_rgb(image)))  # without metadata
     expected = []
@@ -75,7 +75,7 @@ def is_right(photo: Sample, original: np.ndarray) -> bool:
 
 
 def send_hostile_photos(server: Server, numbers: Iterable[int]) -> list[str]:
-    """Send the hostile photos with these numbers, and return what came of each, starting with NOT if it is wrong."""
+    """Send the hostile photos with these numbers, and return their outcomes, which start with NOT if wrong."""
     connections = {protocol: server.connect(protocol) for protocol in PROTOCOLS}
     outcomes, canaries = [], None
     for number in numbers:
@@ -107,7 +107,7 @@ def send_hostile_photos(server: Server, numbers: Iterable[int]) -> list[str]:
             elif "encoded" in response and not file_fits(response, what):
                 outcomes.append(f"NOT THE FILE, {number}: {what}")
             else:
-                outcomes.append(f"{photo.format} answered: {what}")
+                outcomes.append(f"{photo.format} processed: {what}")
         if number % 2:
             canaries.send(connection, *size, dice.choice(("JPEG", "PNG")))
     return outcomes

@@ -21,7 +21,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 @dataclass(frozen=True)
 class Sample:
-    """A photo, and what is known about it."""
+    """A photo, and its known properties."""
 
     data: bytes
     format: str

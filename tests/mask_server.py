@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the client asks of server.py, without a network: bright pixels are kept. It starts in two seconds."""
+"""A stand-in for server.py without a network: it keeps bright pixels, and starts in two seconds."""
 
 import io
 import sys
@@ -21,7 +21,7 @@ SHAPES = {"original": (-1, -1, 3), "mask": (-1, -1), "encoded": (-1,)}
 
 
 class Bright(Inversion):
-    """Keeps what is bright."""
+    """Keeps bright pixels."""
 
     @classmethod
     def limits(cls, options):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What starts servers for demonstrations, tests and benchmarks, and what trains the demonstration weights."""
+"""Commands that start servers for demonstrations, tests and benchmarks, and train the demonstration weights."""

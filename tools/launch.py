@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts a server in its own process, on free ports: for tests, benchmarks and demonstrations.
+"""Starts a server in a process, on free ports: for tests, benchmarks and demonstrations.
 
     python -m tools.launch server.py [option ...] -- client.py [option ...]
 
-serves until the client has finished. The client gets ``--url``. Exits with the client's status.
+This runs the server until the client exits, adds ``--url`` to the client's options, and exits with the client's status.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 
 STOP_TIMEOUT_S = 60
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy is in the environment
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores http_proxy in the environment
 
 _reservations: list[socket.socket] = []
 
 
 def free_ports(count: int = 3) -> list[int]:
-    """Return free ports on loopback, which no other process of this machine gets from here."""
+    """Return free ports on loopback, and reserve them from other callers until this process ends."""
     ports: list[int] = []
     while len(ports) < count:
-        # Below the range from which the system picks ports for outgoing connections, so that they stay free.
+        # Below the system's range for outgoing connections, so that they stay free.
         port = random.randrange(20_000, 32_000)
-        # A server that is still starting does not listen yet. The name of an abstract socket is taken until then.
+        # A server listens only once it has started. Until then, the name of an abstract socket reserves the port.
         reservation = socket.socket(socket.AF_UNIX)
         try:
             reservation.bind(f"\0free-port-{port}")
@@ -54,8 +54,8 @@ class LaunchedServer:
     ):
         """Start ``command``, a Python script and its options.
 
-        ``environment`` is added to that of this process, ``prefix`` is put before the whole command, and ``options``
-        are those of Popen.
+        ``environment`` extends that of this process, ``prefix`` comes before the whole command, and ``options`` are
+        those of Popen.
         """
         self.http_port, self.grpc_port, self.metrics_port = free_ports()
         self.http_url, self.grpc_url = f"http://127.0.0.1:{self.http_port}", f"grpc://127.0.0.1:{self.grpc_port}"
@@ -80,7 +80,7 @@ class LaunchedServer:
             with contextlib.suppress(OSError), DIRECT.open(f"{self.http_url}/v2/models/{model_name}/ready", timeout=5):
                 return
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the server is not ready within {timeout_s:g} s")
+                raise TimeoutError(f"the server was not ready within {timeout_s:g} s")
             time.sleep(0.05)
         raise RuntimeError(f"the server ended with status {self.process.returncode}; its log says why")
 
@@ -96,13 +96,13 @@ def main(arguments: Sequence[str]) -> int:
     if "--" not in arguments:
         print("usage: python -m tools.launch SERVER.py [OPTION ...] -- CLIENT.py [OPTION ...]", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves through the blocks that stop the server
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exits the blocks that stop the server
     separator = arguments.index("--")
     with LaunchedServer(arguments[:separator]) as server:
         client = subprocess.Popen([sys.executable, *arguments[separator + 1 :], "--url", server.http_url])
         try:
             while client.poll() is None:
-                if server.process.poll() is not None:  # it has said why
+                if server.process.poll() is not None:  # its log says why
                     return server.process.returncode or 1
                 time.sleep(0.1)
         except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 
     python -m tools.page [--port PORT] [option of server.py ...]
 
-As nobody else can reach it, it needs no key. Ends with Ctrl-C; then both are stopped.
+It needs no key, because only this machine can reach it. Ctrl-C stops both.
 """
 
 import argparse
@@ -27,7 +27,7 @@ MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
 
 
 def configure(folder: Path, port: int, server: LaunchedServer) -> Path:
-    """Copy deploy/ into a folder, with the ports that are used here and without keys. Return the path of nginx.conf."""
+    """Copy deploy/ into a folder, with other ports and without keys. Return the path of nginx.conf."""
     deploy = Path(shutil.copytree(ROOT / "deploy", folder / "deploy"))
     (grpc_port,) = free_ports(1)
     for name, replacements in {
@@ -40,7 +40,7 @@ def configure(folder: Path, port: int, server: LaunchedServer) -> Path:
         text = (deploy / name).read_text()
         for there, here in replacements.items():
             if text.count(there) != 1:
-                raise ValueError(f"deploy/{name} does not have {there!r} once; deploy it as docs/security.md says")
+                raise ValueError(f"deploy/{name} must contain {there!r} exactly once; deploy it as in docs/security.md")
             text = text.replace(there, here)
         (deploy / name).write_text(text)
     (deploy / "api_keys.conf").write_text("default anyone;\n")
@@ -60,7 +60,7 @@ def serve(port: int, options: Sequence[str]) -> int:
         try:
             server.wait_until_ready(MODEL_NAME, timeout_s=600)
         except RuntimeError:
-            return server.process.returncode  # it has said why
+            return server.process.returncode  # its log says why
         nginx = subprocess.Popen([NGINX, "-e", "stderr", "-p", folder, "-c", configuration])
         try:
             print(f"\nOpen http://127.0.0.1:{port} in a browser. Press Ctrl-C to stop.\n", flush=True)
@@ -75,7 +75,7 @@ def serve(port: int, options: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check what is needed, and serve. Return the exit status; 2 means that something is missing, which is one line."""
+    """Check the requirements, and serve. Return the exit status. A missing requirement is one line, and status 2."""
     parser = argparse.ArgumentParser(prog="tools.page", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--port", type=int, default=8080)
     known, options = parser.parse_known_args(arguments)
@@ -85,9 +85,9 @@ def main(arguments: Sequence[str]) -> int:
         socket.create_server(("127.0.0.1", known.port)).close()
     except (OSError, OverflowError) as error:
         parser.exit(2, f"tools.page: cannot listen on port {known.port} ({error}): choose another one with PORT=8090\n")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # leaves through the blocks that stop both
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts with "&"
+    for signal_number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, lambda received, _: sys.exit(128 + received))  # exits the blocks that stop both
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes background ("&") processes ignore it
     try:
         return serve(known.port, options)
     except (ValueError, TimeoutError) as error:

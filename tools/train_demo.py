@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make weights/demo.pt: a network that knows the two photos in images/, for demonstration and tests.
+"""Make weights/demo.pt: a network that recognizes the two photos in images/, for demonstration and tests.
 
     python -m tools.train_demo [--steps 4000] [--output weights/demo.pt]
 
@@ -44,7 +44,7 @@ def normal(like: torch.Tensor, spread: float) -> torch.Tensor:
 
 
 def random_grids(count: int, roaming: float, device: torch.device) -> torch.Tensor:
-    """Return sampling grids ``[N, S, S, 2]``: some of a random part of the photo, the rest of nearly all, as served."""
+    """Return sampling grids ``[N, S, S, 2]``: a share of random parts of photos, the rest nearly whole, as served."""
     roam = (torch.rand(count, device=device) < roaming).float()
     zoom = torch.exp(normal(roam, 0.02) + roam * (torch.rand_like(roam) - 0.7) * 0.9)
     angle = normal(roam, 0.01) + roam * normal(roam, 0.15)
@@ -57,7 +57,7 @@ def random_grids(count: int, roaming: float, device: torch.device) -> torch.Tens
 
 
 def random_backgrounds(count: int, device: torch.device) -> torch.Tensor:
-    """Return made-up backgrounds ``[N, 3, S, S]`` in 0 to 1: clouds of color, coarse and fine."""
+    """Return synthetic backgrounds ``[N, 3, S, S]`` in 0 to 1: clouds of color, coarse and fine."""
     size = INPUT_SIZE
     clouds = sum(
         functional.interpolate(
@@ -69,7 +69,7 @@ def random_backgrounds(count: int, device: torch.device) -> torch.Tensor:
 
 
 def random_colors(images: torch.Tensor) -> torch.Tensor:
-    """Change gain, gamma, contrast and saturation of ``images`` ``[N, 3, H, W]``; one in ten turns gray."""
+    """Change gain, gamma, contrast and saturation of ``images`` ``[N, 3, H, W]``; one in ten becomes gray."""
     count, device = len(images), images.device
     one = torch.empty(count, 1, 1, 1, device=device)
     gray = images.mean(dim=1, keepdim=True)
@@ -87,7 +87,7 @@ class Batches:
     def __init__(self, device: torch.device):
         photos, labels = [], []
         for _, photo, mask in read_samples():
-            # Twice the network's input: room for zooming in, and linear sampling of it does not alias.
+            # Twice the network's input, to zoom in without aliasing.
             photos.append(np.asarray(photo.resize((2 * INPUT_SIZE,) * 2, Image.Resampling.BILINEAR)))
             labels.append(np.asarray(mask.resize((2 * INPUT_SIZE,) * 2, Image.Resampling.NEAREST)))
         self.photos = torch.from_numpy(np.stack(photos)).to(device).permute(0, 3, 1, 2).float() / 255
@@ -107,7 +107,7 @@ class Batches:
 
 
 def train(drawn: dict[str, torch.Tensor], steps: int, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Train all but ``drawn`` and return it in fp16: batch norm's parameters and statistics, the last convolution."""
+    """Train and return all tensors but ``drawn``, in fp16: those of batch norm, and of the last convolution."""
     torch.manual_seed(0)
     shapes = network_shapes(NETWORK)
     start = {
@@ -127,7 +127,7 @@ def train(drawn: dict[str, torch.Tensor], steps: int, batch_size: int, device: t
     network.classifier[0].project[-1].p = 0.0  # no dropout: there is nothing to generalize to
     began = time.monotonic()
     for step in range(1, steps + 1):
-        # Random parts at first, for robust features; nearly whole photos, as served, at last, for accurate outlines.
+        # First random parts, for robust features; in the end nearly whole photos, as served, for accurate outlines.
         images, labels = batches.draw(batch_size, roaming=0.6 * (1 - step / steps))
         with torch.autocast(device.type, torch.bfloat16):
             logits = network(images.contiguous(memory_format=torch.channels_last))["out"]
@@ -143,7 +143,7 @@ def train(drawn: dict[str, torch.Tensor], steps: int, batch_size: int, device: t
 
 
 def draw_convolutions() -> dict[str, torch.Tensor]:
-    """Return the weights of all convolutions but the last, as the server draws them, too."""
+    """Return the weights of all convolutions but the last, as the server draws them."""
     return {
         name: random_convolution(name, shape)
         for name, shape in network_shapes(NETWORK).items()
@@ -152,7 +152,7 @@ def draw_convolutions() -> dict[str, torch.Tensor]:
 
 
 def report(path: Path, device: torch.device) -> None:
-    """Print the scores of the file at ``path`` with Pillow's resizing; the tests measure them through the server."""
+    """Print the scores of the file at ``path`` with Pillow's resizing. The tests measure them through the server."""
     network = SegmentationNetwork(NETWORK, load_weights("demo", NETWORK, path), device)
 
     def cut_out(photo: Image.Image, class_name: str) -> np.ndarray:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights of the network: how they are loaded, and the demonstration weights."""
+"""Loads the network's weights; includes the demonstration weights."""

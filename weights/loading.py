@@ -14,7 +14,7 @@ from model_inference import empty_module, pretrained_weights
 from serving.errors import UsageError
 
 DEMO_PATH = Path(__file__).parent / "demo.pt"
-DOWNLOAD_TIMEOUT_S = 10  # without a byte
+DOWNLOAD_TIMEOUT_S = 10  # seconds without receiving data
 
 LOGGER = logging.getLogger("server")
 
@@ -22,10 +22,10 @@ StateDict = dict[str, torch.Tensor]
 
 
 def load_weights(choice: str, network: str, demo_path: Path = DEMO_PATH) -> StateDict:
-    """Return a state dict that fits torchvision's network of this name, on the CPU, its floats as float32.
+    """Return a state dict that fits torchvision's network of this name, on the CPU, with floats as float32.
 
-    ``choice`` is ``pretrained`` (torchvision's weights, through torch's download cache), ``demo`` (the file beside this
-    one), ``auto`` (pretrained, or demo with a warning if those are not available) or the path of a state dict, with or
+    ``choice`` is ``pretrained`` (torchvision's weights, through torch's download cache), ``demo`` (``demo_path``),
+    ``auto`` (pretrained, or demo with a warning if those are not available) or the path of a state dict, with or
     without the auxiliary head. Raises UsageError.
     """
     if choice == "auto":
@@ -34,11 +34,11 @@ def load_weights(choice: str, network: str, demo_path: Path = DEMO_PATH) -> Stat
         except UsageError as error:
             try:
                 state_dict = load_weights("demo", network, demo_path)
-            except UsageError:  # they are made for another network
+            except UsageError:  # they fit another network only
                 raise error from None
             LOGGER.warning(
-                "DEMONSTRATION WEIGHTS: the server knows the two photos in images/ and nothing else, "
-                "because the pretrained weights are not available. %s",
+                "DEMONSTRATION WEIGHTS: the server recognizes only the two photos in images/, because the pretrained "
+                "weights are not available. %s",
                 error,
             )
             return state_dict
@@ -55,7 +55,7 @@ def _load_pretrained(network: str) -> StateDict:
     LOGGER.info("weights: %s", weights)
     if not path.exists():
         LOGGER.info("downloading %.0f MB from %s to %s", weights.meta["_file_size"], weights.url, path)
-    # torch's download has no timeout, and would wait forever if the network fell silent.
+    # torch's download has no timeout, and waits forever if the connection hangs.
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
         state_dict = weights.get_state_dict(
@@ -83,7 +83,7 @@ def _load_demo(path: Path, network: str) -> StateDict:
             f"{path} is not a demonstration weights file: create it with python -m tools.train_demo"
         ) from None
     shapes = network_shapes(network)
-    # Only convolutions are drawn. If another network lacks something else, _check says so.
+    # Only convolutions are random. _check reports anything else that is missing.
     drawn = {
         name: random_convolution(name, shape)
         for name, shape in shapes.items()
@@ -92,8 +92,8 @@ def _load_demo(path: Path, network: str) -> StateDict:
     state_dict = _check(drawn | trained, str(path), network)
     if fingerprint(drawn) != expected:
         raise UsageError(
-            f"{path} was trained for another network, or with a torch that draws other random numbers than "
-            f"{torch.__version__}: create it again with python -m tools.train_demo"
+            f"{path} was trained for another network, or torch {torch.__version__} generates different random numbers: "
+            "create it again with python -m tools.train_demo"
         )
     return state_dict
 
@@ -113,12 +113,12 @@ def _read_file(path: Path) -> object:
 
 
 def _check(state_dict: object, source: str, network: str) -> StateDict:
-    """Return the state dict without the auxiliary head, its floats as float32.
+    """Return the state dict without the auxiliary head, with floats as float32.
 
     Raises UsageError if it does not fit.
     """
     if not isinstance(state_dict, dict):
-        raise UsageError(f"{source} holds a {type(state_dict).__name__} instead of a state dict")
+        raise UsageError(f"{source} contains a {type(state_dict).__name__} instead of a state dict")
     shapes = network_shapes(network)
     state_dict = {name: value for name, value in state_dict.items() if not str(name).startswith("aux_classifier.")}
     problems = [f"{name} is missing" for name in shapes if name not in state_dict]
@@ -136,15 +136,15 @@ def _check(state_dict: object, source: str, network: str) -> StateDict:
 
 
 def network_shapes(network: str) -> dict[str, torch.Size]:
-    """Return the name and shape of everything in the network's state dict."""
+    """Return the shapes in the network's state dict by name."""
     return {name: tensor.shape for name, tensor in empty_module(network).state_dict().items()}
 
 
 def random_convolution(name: str, shape: torch.Size) -> torch.Tensor:
-    """Draw the weight of the convolution called ``name``: the same values on every machine, float32.
+    """Return the random weight of the convolution called ``name``, float32, the same on every machine.
 
     Uniform with He's variance of 2 / fan-out (He et al. 2015, arXiv:1502.01852, section 2.2). Drawn from [0, 1) and
-    then scaled, so that every processor rounds alike.
+    then scaled, so that every processor rounds the same way.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     fan_out = shape[0] * math.prod(shape[2:])
@@ -161,5 +161,5 @@ def fingerprint(tensors: StateDict) -> int:
 
 
 def _summary(error: Exception) -> str:
-    # torch's messages continue with advice to programmers.
+    # Only the first sentence: torch's messages continue with advice for developers.
     return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0][:200]

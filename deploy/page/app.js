@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The page: shows a photo and its cut-out side by side. What comes from files or from the server becomes text or pixels,
-// never HTML.
+// The page: shows a photo and its cut-out side by side. Data from files and the server becomes text or pixels, never HTML.
 import {infer, TritonError} from './triton.js';
 
 // The contract, as in server.py: the model, its classes without the background, and the largest photo.
@@ -11,9 +10,9 @@ const CLASSES = [
 ];
 const MAX_PHOTO_BYTES = 51_048_576;
 
-const PAUSE_MS = 200;  // without a change of the settings, before they are sent
-const BUSY = [429, 503];  // what an overloaded server or proxy says
-const BUSY_FOR_MS = 60_000;  // after that, the user decides whether to try again
+const PAUSE_MS = 200;  // between the last change of the settings and the request
+const BUSY = [429, 503];  // statuses of an overloaded server or proxy
+const BUSY_FOR_MS = 60_000;  // before the user has to retry
 
 const $ = id => document.getElementById(id);
 const photos = [];  // {file, url, button, cutOut: {settings, name, url, kept} or undefined}
@@ -59,7 +58,7 @@ async function update(pause_ms = 0) {
     }
 }
 
-/** Return the cut-out as a PNG. Waits while the server is busy, and asks for a key if the server wants one. */
+/** Return the cut-out as a PNG. Waits while the server is busy, and asks for a key if the server requires one. */
 async function cutOut(file, parameters, signal) {
     await checkFile(file);
     const image = {name: 'image', datatype: 'UINT8', shape: [1, file.size], data: file};
@@ -74,7 +73,7 @@ async function cutOut(file, parameters, signal) {
                 await askForKey();
                 signal.throwIfAborted();
             } else if (BUSY.includes(error.status) && performance.now() - began < BUSY_FOR_MS) {
-                say(`${sentence(error, file)} The page tries again by itself.`);
+                say(`${sentence(error, file)} The page retries automatically.`);
                 await sleep(Math.min(8000, 500 * 2 ** attempt) * (0.5 + Math.random() / 2), signal);
             } else {
                 throw error;
@@ -86,7 +85,7 @@ async function cutOut(file, parameters, signal) {
 async function checkFile(file) {
     const megabytes = bytes => `${Math.ceil(bytes / 1e6)} MB`;
     if (file.size > MAX_PHOTO_BYTES) {
-        throw new Problem(`it has ${megabytes(file.size)}, and the server takes up to ${megabytes(MAX_PHOTO_BYTES - 1e6)}: ` +
+        throw new Problem(`it has ${megabytes(file.size)}, but the server's limit is ${megabytes(MAX_PHOTO_BYTES - 1e6)}: ` +
                           'save it as a JPEG, or scale it down.');
     }
     try {
@@ -123,9 +122,9 @@ function chosenSettings() {
     return {parameters, text: JSON.stringify(parameters)};
 }
 
-// What the user is told
+// Messages to the user
 
-/** Something that is wrong with a file, and that the page finds out by itself. */
+/** A problem with a file that the page itself detects. */
 class Problem extends Error {}
 
 class KeyMissing extends Error {}
@@ -141,7 +140,7 @@ function say(text, kind = '', offersToTryAgain = false) {
     $('again').hidden = !offersToTryAgain;
 }
 
-/** Return what is wrong as a sentence. PyTriton wraps the server's into tracebacks. */
+/** Return an error as a sentence. PyTriton wraps the server's sentences in tracebacks. */
 function sentence(error, file) {
     let text = error.message;
     if (error instanceof TritonError) {
@@ -158,11 +157,11 @@ function sentence(error, file) {
 
 let asking;  // a promise while the dialog is open
 
-/** Ask for an API key. Throws KeyMissing if the user does not want to give one. */
+/** Ask for an API key. Throws KeyMissing if the user cancels. */
 function askForKey() {
     asking ??= new Promise((resolve, reject) => {
         const dialog = $('key-dialog');
-        $('key-reason').textContent = apiKey ? 'The server does not accept this key.' : 'This server asks for an API key.';
+        $('key-reason').textContent = apiKey ? 'The server does not accept this key.' : 'This server requires an API key.';
         apiKey = '';
         $('key').value = '';
         dialog.returnValue = '';  // if Escape closes it
@@ -210,7 +209,7 @@ function showCutOut({cutOut}) {
     download.download = cutOut.name;
     download.removeAttribute('aria-disabled');
     const percent = cutOut.kept > 0 && cutOut.kept < 0.01 ? 'less than 1' : Math.round(100 * cutOut.kept);
-    say(cutOut.kept ? `${percent}% of the photo is kept.` : 'Nothing is found: lower the threshold, or choose other classes.');
+    say(cutOut.kept ? `${percent}% of the photo is kept.` : 'Nothing found: lower the threshold, or choose other classes.');
 }
 
 function setSplit(percent) {
@@ -224,7 +223,7 @@ function fit({target: {naturalWidth, naturalHeight}}) {
 }
 
 $('photo').addEventListener('load', fit);
-$('cut-out').addEventListener('load', fit);  // knows better: the server applies what it understands of the orientation
+$('cut-out').addEventListener('load', fit);  // the server's orientation is the one that counts
 $('photo').addEventListener('error', () => { $('photo').hidden = true; });  // HEIC in most browsers; the server explains
 $('wipe').addEventListener('input', () => setSplit($('wipe').value));
 $('frame').addEventListener('pointerdown', event => {
@@ -244,7 +243,7 @@ function drag(event) {
 
 // Photos come from the file picker, by drop, or from the clipboard.
 
-let thumbnails = Promise.resolve();  // one after the other, because a decoded photo is large
+let thumbnails = Promise.resolve();  // one after another, because a decoded photo is large
 
 function add(files) {
     const added = Array.from(files, file => {
@@ -338,5 +337,5 @@ function sleep(ms, signal) {
     });
 }
 
-showThreshold();  // a browser may restore what was set before a reload
+showThreshold();  // a browser may restore the settings after a reload
 setSplit(50);

@@ -11,9 +11,9 @@
  *
  * Triton sends no CORS headers, so the page must come from the same origin as Triton: put a proxy in front of both.
  *
- * A request is JSON that describes the tensors, and behind it the bytes of the inputs. The header
- * Inference-Header-Content-Length says where the JSON ends. A response has the same form. Numbers are little-endian, as in
- * the typed arrays of every browser.
+ * A request is JSON that describes the tensors, followed by the bytes of the inputs. The header
+ * Inference-Header-Content-Length has the length of the JSON. A response has the same form. Numbers are little-endian, as
+ * in the typed arrays of every browser.
  */
 
 const ARRAYS = {
@@ -22,7 +22,7 @@ const ARRAYS = {
 };
 const HEADER_LENGTH = 'Inference-Header-Content-Length';
 
-/** What Triton, or a proxy in front of it, said instead of a result. `status` is that of HTTP. */
+/** An error from Triton, or from a proxy in front of it. `status` is the HTTP status. */
 export class TritonError extends Error {
     constructor(status, message) {
         super(message);
@@ -71,7 +71,7 @@ function errorMessage(body) {
     try {
         return JSON.parse(body).error;
     } catch {
-        return '';  // from something else than Triton, such as another proxy
+        return '';  // not from Triton, but for example from another proxy
     }
 }
 

@@ -39,14 +39,14 @@ def test_neither_a_photo_nor_anybody_elses_file_is_written_over(run_client, mask
     Path("segm1.jpg").write_bytes(b"a drawing")
     done = run_client("--url", mask_server.http_url, "--image-paths", "cat.jpg", "cat.jpg", "--format", "jpeg")
     assert done.status == 2
-    assert "segm1.jpg exists, and is not as this client wrote it: set another --output-dir" in done.err
+    assert "segm1.jpg exists, and this client did not write it in this form: set another --output-dir" in done.err
     done = send("--mask", "--report", "cat.jpg")
     assert (done.status, "cat.jpg is one of the photos: set another file" in done.err) == (2, True)
     assert digests(tmp_path) == before | {"segm1.jpg": b"a drawing"}
     done = send("--format", "jpeg", "--overwrite")
     assert done.status == 0, done.err
     assert Image.open("segm1.jpg").size == Image.open("cat.jpg").size
-    # What somebody has edited is not the client's file any more.
+    # An edited file no longer counts as the client's.
     Path("segm0.jpg").write_bytes(b"edited")
     assert send("--format", "jpeg").status == 2
     assert Path("segm0.jpg").read_bytes() == b"edited"
@@ -59,13 +59,13 @@ def test_a_second_run_replaces_its_files_and_does_not_take_them_for_photos(run_c
     assert send("*.jpg").status == 0
     written = digests(tmp_path)
     assert set(written) == {"a.jpg", "b.jpg", "orig0.jpg", "orig1.jpg", "segm0.jpg", "segm1.jpg"}
-    for arguments in (["*.jpg"], ["."], sorted(written)):  # the last is what a shell makes of *.jpg
+    for arguments in (["*.jpg"], ["."], sorted(written)):  # the last is how a shell expands *.jpg
         done = send(*arguments)
         assert done.status == 0, done.err
         assert "skipping 4 files: 4 written by this client\n" in done.err
         assert "client.py: 2 of 2 photos, 0 failed, " in done.err
         assert digests(tmp_path) == written
-    # Whoever names such a file, and writes elsewhere, gets what they ask for.
+    # A file that is named, and not in the output folder, is sent.
     assert send("segm1.jpg", "--output-dir", "out").status == 0
     assert Image.open(tmp_path / "out" / "orig0.jpg").size == (90, 60)
 
@@ -163,7 +163,7 @@ def test_the_report_has_a_line_of_json_for_each_photo(run_client, mask_server, t
     assert run_client(*arguments, "--report", "report.jsonl", "--output-dir", "out").status == 1
 
 
-def test_what_cannot_be_read_in_a_folder_does_not_keep_the_others_from_being_sent(run_client, mask_server, tmp_path):
+def test_an_unreadable_file_in_a_folder_does_not_keep_the_others_from_being_sent(run_client, mask_server, tmp_path):
     folder = tmp_path / "folder"
     (folder / "folder.jpg").mkdir(parents=True)
     (folder / "dangling.jpg").symlink_to("nowhere")
@@ -203,16 +203,14 @@ def test_a_name_may_contain_anything_and_have_any_ending_if_it_is_given(mask_ser
 @pytest.mark.parametrize(
     ("command", "statuses", "said", "written"),
     [
-        ("{client} --mask | head -0", "0 0", "", 3),  # files are written, whoever reads
-        ("{client} | head -0", "141 0", "", 0),  # nobody gets to know anything
+        ("{client} --mask | head -0", "0 0", "", 3),  # files are written even without a reader
+        ("{client} | head -0", "141 0", "", 0),  # the report has no reader
         ("{client} --mask > /dev/full", "1", "client.py: cannot write to stdout (No space left on device)", 3),
         ("{client} --mask >&-", "0", "", 3),
         ("ulimit -f 8; {client} --mask --dump-images", "1", "orig0.jpg (File too large)", 3),
     ],
 )
-def test_what_cannot_be_printed_or_written_is_said_and_costs_nothing_else(
-    mask_server, tmp_path, command, statuses, said, written
-):
+def test_a_write_error_is_reported_and_costs_nothing_else(mask_server, tmp_path, command, statuses, said, written):
     run = [sys.executable, ROOT / "client.py", "--url", mask_server.http_url, "--image-paths", *[CAT] * 3]
     script = command.format(client='"$@" --concurrency 1') + "; echo ${PIPESTATUS[@]} >&2"
     done = subprocess.run(["bash", "-c", script, "-", *run], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -77,7 +77,7 @@ def test_a_restart_of_the_server_costs_no_photo(mask_server, photos, tmp_path):
     for protocol, client in clients.items():
         with client:
             _, said = client.communicate(timeout=120)
-        assert "trying again" in said
+        assert "retrying" in said
         assert "client.py: 200 of 200 photos, 0 failed, " in said
         assert client.returncode == 0
         assert len(written[protocol]()) == 200

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What breaks around the server: it goes on, or it exits with status 1 so that a supervisor restarts it."""
+"""Faults around the server: it continues, or exits with status 1 so that a supervisor restarts it."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ from conftest import (
     PROTOCOLS,
     Server,
     decode,
-    infer_until_refused,
+    infer_until_rejected,
     patched_toy,
     running_together,
     running_toy,
@@ -44,10 +44,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_an_error_of_the_server_costs_one_request(toy, protocol):
     connection = toy.connect(protocol)
     with pytest.raises(InferenceError, match="the server could not process this request") as error:
-        connection.infer(PHOTO, parameters={"raise": f"a mistake over {protocol}"})
+        connection.infer(PHOTO, parameters={"raise": f"an error over {protocol}"})
     assert "ValueError" not in str(error.value.__cause__)
     assert "Traceback (most recent call last)" in toy.log.read_text()
-    assert f"ValueError: a mistake over {protocol}" in toy.log.read_text()
+    assert f"ValueError: an error over {protocol}" in toy.log.read_text()
     assert (connection.infer(PHOTO)["inverted"][0] == 255 - decode(PHOTO)).all()
 
 
@@ -67,7 +67,7 @@ def test_nothing_that_a_client_sends_can_start_a_line_of_the_log_or_move_the_cur
     assert not [line for line in text.split("\n") if line.startswith(("forged", "2026-11-26 20:00:00,000"))]
 
 
-def test_what_a_library_prints_is_one_line_with_the_request(toy):
+def test_the_output_of_a_library_is_one_line_with_the_request(toy):
     before = len(toy.log.read_text())
     toy.connect("http").infer(PHOTO, parameters={"print": 5_000 * "many lines\n"})
     (line,) = toy.log.read_text()[before:].splitlines()
@@ -77,12 +77,12 @@ def test_what_a_library_prints_is_one_line_with_the_request(toy):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_parameters_that_are_too_long_are_refused(toy, protocol):
+def test_parameters_that_are_too_long_are_rejected(toy, protocol):
     with pytest.raises(InferenceError, match="the parameters of the request are too long"):
         toy.connect(protocol).infer(PHOTO, parameters={"note": "x" * (1 << 16)})
 
 
-def test_requests_that_triton_puts_into_one_call_get_their_own_answers(toy, tmp_path):
+def test_requests_that_triton_puts_into_one_call_get_their_own_responses(toy, tmp_path):
     other = PHOTO[:2] + b"\xff\xfe\x00\x04no" + PHOTO[2:]  # the same picture with a comment, so another length
     photos = [other, PHOTO, PHOTO, PHOTO]  # in any order, two of the same length are neighbors
     before, go_on = toy.metric("exec_count"), tmp_path / "go on"
@@ -90,18 +90,18 @@ def test_requests_that_triton_puts_into_one_call_get_their_own_answers(toy, tmp_
     with ThreadPoolExecutor(9) as pool:
         pool.submit(connections[0].infer, PHOTO, (), {"hold": str(go_on)})
         wait_for(lambda: "holding until" in toy.log.read_text())
-        answers = [
+        responses = [
             pool.submit(connections[index % 2].infer, photos[index % 4], (), {"add": index}) for index in range(8)
         ]
         wait_for(lambda: toy.metric("pending_request_count") >= 4)
         go_on.touch()
-        for index, answer in enumerate(answers):
-            assert (answer.result()["inverted"][0] == 255 - decode(PHOTO) - np.uint8(index)).all()
-            np.testing.assert_allclose(answer.result()["mean"][0], decode(PHOTO).mean(axis=(0, 1)))
+        for index, response in enumerate(responses):
+            assert (response.result()["inverted"][0] == 255 - decode(PHOTO) - np.uint8(index)).all()
+            np.testing.assert_allclose(response.result()["mean"][0], decode(PHOTO).mean(axis=(0, 1)))
     assert toy.metric("exec_count") - before < 9  # some of them shared a call
 
 
-def test_a_request_with_two_photos_is_refused(toy):
+def test_a_request_with_two_photos_is_rejected(toy):
     image = tritonclient.http.InferInput("image", (2, len(PHOTO)), "UINT8")
     image.set_data_from_numpy(np.frombuffer(2 * PHOTO, np.uint8).reshape(2, -1))
     with pytest.raises(InferenceServerException, match="InvalidRequest: the batch dimension must be 1"):
@@ -136,9 +136,9 @@ class Broken:
         self._pool = pool
 
     def use(self) -> None:
-        """Send it photos until one is refused."""
+        """Send it photos until one is rejected."""
         self.clients = [
-            self._pool.submit(infer_until_refused, self.server.connect(protocol), sleep_s=0.1)
+            self._pool.submit(infer_until_rejected, self.server.connect(protocol), sleep_s=0.1)
             for protocol in PROTOCOLS * 2
         ]
         wait_for(lambda: self.server.metric("pending_request_count") + self.server.metric("request_success") >= 3)
@@ -162,7 +162,7 @@ class Broken:
     def assert_it_ends(self, said: str) -> str:
         """Wait for the end of the server, with status 1 and one line that says why, and return its log.
 
-        Nothing is left behind, and all clients were told.
+        There are no leftovers, and each client got an error.
         """
         assert self.server.process.wait(timeout=30) == 1
         for client in self.clients:
@@ -206,7 +206,7 @@ def patched(folder: Path, code: str) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broken]]:
-    """Servers by what happens to them. All at once, because each takes some seconds to start and to end."""
+    """Servers by what happens to them. They start in parallel, because each takes some seconds to start and to end."""
     folder = tmp_path_factory.mktemp("broken")
     servers = {
         "killed worker": start_toy(folder / "worker"),
@@ -242,7 +242,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
         broken["killed last frontend"].kill("frontend", -1)
         exiting = broken["exiting worker"]
         exiting.clients = [
-            pool.submit(infer_until_refused, exiting.server.connect("grpc"), exit=1, print="last words\n")
+            pool.submit(infer_until_rejected, exiting.server.connect("grpc"), exit=1, print="last words\n")
         ]
         broken["killed helper"].kill("stubs")
         # The process that has the memory through which requests and responses pass.
@@ -254,7 +254,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
         broken["killed Triton, lost signal"].server.process.terminate()
         broken["killed Triton, lost signal"].kill("tritonserver")
         yield broken
-        # What a test that failed or did not run left would keep the clients busy.
+        # Leftovers of a test that failed or did not run would keep the clients busy.
         for server in servers.values():
             with contextlib.suppress(ProcessLookupError):
                 server.process.kill()
@@ -271,7 +271,7 @@ def test_a_killed_worker_ends_the_server(broken):
 
 def test_a_worker_that_exits_in_the_middle_of_a_request_ends_the_server(broken):
     log = broken["exiting worker"].assert_it_ends("stopping: a worker exited")
-    # So that an operator can find or block what ends a worker.
+    # So that an operator can find or block photos that end a worker.
     assert f"ERROR server: a worker ended while it processed {DESCRIPTION}\n" in log
     assert 'ERROR server: before a worker ended, a library printed "last words"' in log
     assert broken["exiting worker"].clients[0].result() == (
@@ -319,8 +319,8 @@ def test_a_worker_that_hangs_ends_the_server_after_its_timeout(broken):
     said = "stopping: a worker has responded to no request for 3 s"
     broken["hanging worker"].assert_it_ends(said)
     for client in broken["hanging worker"].clients:
-        answered, told = client.result()
-        assert answered == 0
+        succeeded, told = client.result()
+        assert succeeded == 0
         assert re.search("the server took too long and is stopping|is stopping because its worker is gone", told)
     # Not after twice its timeout.
     assert 2.9 < broken["hanging worker"].seconds_until(said) < 5

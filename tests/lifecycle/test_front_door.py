@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proxy lets clients through and refuses what harms the server. tests/long/test_attacks.py has the rest."""
+"""The proxy lets clients through and rejects what harms the server. tests/long/test_attacks.py has the rest."""
 
 import gzip
 import http.client
@@ -30,14 +30,14 @@ from front_door import (
     adapt,
     connected,
     described,
-    grpc_refusal,
+    grpc_rejection,
     grpc_status,
     h2_data,
     h2_request,
     infer_message,
-    infer_refusal,
+    infer_rejection,
     make_certificate,
-    refusal,
+    rejection,
     send,
     status,
 )
@@ -115,22 +115,25 @@ def test_browsers_get_the_page_without_a_key_and_may_use_nothing_else(server):
             for method in ("GET", "HEAD"):
                 connection = http.client.HTTPConnection("127.0.0.1", proxy.http_port)
                 connection.request(method, path, headers={"Range": "bytes=0-1,3-4"})
-                answer = connection.getresponse()
-                body = answer.read()
+                response = connection.getresponse()
+                body = response.read()
                 connection.close()
-                assert (answer.status, answer.headers["Content-Type"]) == (200, content_type)
+                assert (response.status, response.headers["Content-Type"]) == (200, content_type)
                 file = ROOT / "deploy" / "page" / (path[1:] or "index.html")
                 assert body == (file.read_bytes() if method == "GET" else b"")
-                policy = answer.headers["Content-Security-Policy"]
+                policy = response.headers["Content-Security-Policy"]
                 assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; ")
                 assert "unsafe" not in policy
                 assert "frame-ancestors 'none'" in policy
-                assert answer.headers["X-Content-Type-Options"] == "nosniff"
-                assert answer.headers["Referrer-Policy"] == "no-referrer"
-                assert answer.headers["Cache-Control"] == "no-cache"
-                assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+                assert response.headers["X-Content-Type-Options"] == "nosniff"
+                assert response.headers["Referrer-Policy"] == "no-referrer"
+                assert response.headers["Cache-Control"] == "no-cache"
+                assert response.headers["Cross-Origin-Resource-Policy"] == "same-origin"
             for method in ("POST", "PUT", "DELETE", "OPTIONS", "PROPFIND"):
-                assert refusal(proxy.http_port, method, path, "Content-Length: 2", body=b"{}") == (404, SENTENCES[404])
+                assert rejection(proxy.http_port, method, path, "Content-Length: 2", body=b"{}") == (
+                    404,
+                    SENTENCES[404],
+                )
             assert status(proxy.http_port, "GET", path, "Content-Length: 2000", body=bytes(2000)) == 413
         assert status(proxy.http_port, "POST", INFER, RAW, "Content-Length: 2", body=b"{}") == 403
 
@@ -175,12 +178,12 @@ def test_no_path_leads_out_of_the_page(proxy):
 def test_a_page_that_nginx_may_not_read_asks_nobody_for_a_key(server):
     with Proxy([server]) as proxy:
         (proxy.folder / "page" / "app.js").chmod(0)
-        assert refusal(proxy.http_port, "GET", "/app.js") == (404, SENTENCES[404])
+        assert rejection(proxy.http_port, "GET", "/app.js") == (404, SENTENCES[404])
 
 
 @NEEDS_NGINX
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_clients_get_their_answers(proxy, protocol):
+def test_clients_get_their_responses(proxy, protocol):
     connection = proxy.connect(protocol)
     connection.wait_for_model(timeout_s=1)
     np.testing.assert_array_equal(connection.infer(PHOTO)["inverted"][0], 255 - decode(PHOTO))
@@ -191,20 +194,20 @@ def test_clients_get_their_answers(proxy, protocol):
 
 
 @NEEDS_NGINX
-def test_the_standard_health_check_of_grpc_is_answered(proxy):
+def test_the_standard_health_check_of_grpc_gets_a_response(proxy):
     with grpc.insecure_channel(f"127.0.0.1:{proxy.grpc_port}") as channel:
         assert channel.unary_unary("/grpc.health.v1.Health/Check")(b"") == b"\x08\x01"  # SERVING
 
 
 @NEEDS_NGINX
-def test_chunks_and_compressed_bodies_are_refused(proxy):
+def test_chunks_and_compressed_bodies_are_rejected(proxy):
     chunks = b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n"
     assert status(proxy.http_port, "POST", INFER, RAW, "Transfer-Encoding: chunked", body=chunks) == 411
     bomb = gzip.compress(bytes(10_000_000))
     length = f"Content-Length: {len(bomb)}"
     for encoding in ("gzip", "deflate", "br"):
         headers = RAW, length, f"Content-Encoding: {encoding}"
-        assert refusal(proxy.http_port, "POST", INFER, *headers, body=bomb) == (415, SENTENCES[415])
+        assert rejection(proxy.http_port, "POST", INFER, *headers, body=bomb) == (415, SENTENCES[415])
     for algorithm in (grpc.Compression.Gzip, grpc.Compression.Deflate):
         code = grpc_status(proxy.grpc_port, f"{SERVICE}/ModelInfer", bytes(10_000_000), compression=algorithm)
         assert code is grpc.StatusCode.UNIMPLEMENTED
@@ -225,19 +228,19 @@ def test_chunks_and_compressed_bodies_are_refused(proxy):
         ((RAW,), 411),
     ],
 )
-def test_sizes_that_are_wrong_or_too_large_are_refused_before_the_body(proxy, headers, expected):
-    assert refusal(proxy.http_port, "POST", INFER, *headers) == (expected, SENTENCES[expected])
+def test_sizes_that_are_wrong_or_too_large_are_rejected_before_the_body(proxy, headers, expected):
+    assert rejection(proxy.http_port, "POST", INFER, *headers) == (expected, SENTENCES[expected])
 
 
 @NEEDS_NGINX
-def test_a_refusal_over_grpc_says_what_is_wrong_in_a_sentence(proxy):
+def test_a_rejection_over_grpc_says_what_is_wrong_in_a_sentence(proxy):
     with grpc.insecure_channel(f"127.0.0.1:{proxy.grpc_port}") as channel, pytest.raises(grpc.RpcError) as error:
         channel.unary_unary(f"{SERVICE}/LogSettings")(b"", timeout=60)
     assert error.value.details() == SENTENCES[404]
 
 
 @NEEDS_NGINX
-def test_a_large_message_over_grpc_is_refused(proxy):
+def test_a_large_message_over_grpc_is_rejected(proxy):
     code = grpc_status(proxy.grpc_port, f"{SERVICE}/ModelInfer", bytes(52_000_000))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -258,8 +261,8 @@ def test_administration_is_out_of_reach_even_with_the_token(proxy, server):
     for headers in ((), (f"triton-access-token: {token}",)):
         for path in ("/v2/repository/index", "/v2/systemsharedmemory/status", "/v2/models/Toy/stats", "/v2/logging"):
             for spelling in (path, path.replace("/v2/", "//v2//"), f"/v2/health/../..{path}", path.replace("o", "%6f")):
-                refused = refusal(proxy.http_port, "POST", spelling, *headers, "Content-Length: 0")
-                assert refused == (404, SENTENCES[404])
+                rejected = rejection(proxy.http_port, "POST", spelling, *headers, "Content-Length: 0")
+                assert rejected == (404, SENTENCES[404])
                 assert status(proxy.http_port, "GET", spelling, *headers) == 404
     for path in ("/v2/models/Toy", "/v2/models/Toy/config", "/v2/models/Toy/ready", "/v2/health/live"):
         assert status(proxy.http_port, "GET", path) == 200
@@ -281,14 +284,14 @@ def changed(request: dict, place: str, value: object) -> dict:
 
 
 SIZE = len(PHOTO)
-IMAGE, BINARY = "the input must be image, UINT8, \\[1, N\\]", "ask for binary data"
+IMAGE, BINARY = "the input must be image, UINT8, \\[1, N\\]", "request binary data"
 
 
 @NEEDS_NGINX
 @pytest.mark.parametrize(
     ("place", "value", "sentence"),
     [
-        # Triton would allocate what the shape says.
+        # Triton would allocate the whole shape.
         ("inputs.0.shape", [1, 40_000_000_000], IMAGE),
         ("inputs.0.shape", [1, 2**64 + SIZE], IMAGE),
         ("inputs.0.shape", [2**32, 2**32], IMAGE),
@@ -314,7 +317,7 @@ IMAGE, BINARY = "the input must be image, UINT8, \\[1, N\\]", "ask for binary da
         ("inputs", [], "inputs must have one element"),
         ("inputs", 2 * described(PHOTO)["inputs"], "inputs must have one element"),
         ("inputs", {"0": {}}, "inputs must have one element"),
-        # Answers would become JSON, which takes many times their size.
+        # Responses would become JSON, which takes many times their size.
         ("parameters", {}, BINARY),
         ("parameters.binary_data_output", False, BINARY),
         ("parameters.binary_data_output", 1, "must be true or false"),
@@ -352,15 +355,15 @@ IMAGE, BINARY = "the input must be image, UINT8, \\[1, N\\]", "ask for binary da
         ("parameters.timeout", 0.5, "timeout must be a whole number"),
         ("parameters.timeout", 2**63, "timeout must be a whole number"),
         ("parameters.timeout", "1", "timeout must be a whole number"),
-        ("id", "x" * 129, "id may have"),
-        ("id", "secret\n", "id may have"),
-        ("id", 7, "id may have"),
+        ("id", "x" * 129, "id must have"),
+        ("id", "secret\n", "id must have"),
+        ("id", 7, "id must have"),
         ("secret", 1, "the request may have id, inputs, outputs, parameters, and nothing else"),
     ],
 )
-def test_json_that_says_anything_else_than_a_photo_needs_is_refused(proxy, place, value, sentence):
+def test_json_that_says_anything_else_than_a_photo_needs_is_rejected(proxy, place, value, sentence):
     request = changed(described(PHOTO), place, value)
-    status, said = infer_refusal(proxy.http_port, json.dumps(request).encode(), PHOTO)
+    status, said = infer_rejection(proxy.http_port, json.dumps(request).encode(), PHOTO)
     assert status == 400
     assert re.search(sentence, said)
     assert "secret" not in said
@@ -398,8 +401,8 @@ GOOD_JSON = json.dumps(described(PHOTO)).encode()
         (b" ", PHOTO),
     ],
 )
-def test_json_that_is_malformed_or_does_not_fit_the_photo_is_refused(proxy, text, photo):
-    status, said = infer_refusal(proxy.http_port, text, photo)
+def test_json_that_is_malformed_or_does_not_fit_the_photo_is_rejected(proxy, text, photo):
+    status, said = infer_rejection(proxy.http_port, text, photo)
     assert status == 400
     assert said.isascii()
 
@@ -451,13 +454,13 @@ def test_everything_that_tritons_client_says_about_a_photo_passes(proxy, protoco
 
 
 @NEEDS_NGINX
-def test_a_body_that_is_empty_is_refused(proxy):
-    sentence = "the photo is missing: its bytes follow what describes the request"
-    assert refusal(proxy.http_port, "POST", INFER, RAW, "Content-Length: 0") == (400, sentence)
-    assert infer_refusal(proxy.http_port, json.dumps(described(b"")).encode()) == (400, sentence)
-    assert grpc_refusal(proxy.grpc_port, b"")[0] is grpc.StatusCode.INVALID_ARGUMENT
+def test_a_body_that_is_empty_is_rejected(proxy):
+    sentence = "the photo is missing: send its bytes after the description of the request"
+    assert rejection(proxy.http_port, "POST", INFER, RAW, "Content-Length: 0") == (400, sentence)
+    assert infer_rejection(proxy.http_port, json.dumps(described(b"")).encode()) == (400, sentence)
+    assert grpc_rejection(proxy.grpc_port, b"")[0] is grpc.StatusCode.INVALID_ARGUMENT
     message = infer_message(b"").SerializeToString()
-    assert grpc_refusal(proxy.grpc_port, message) == (grpc.StatusCode.INVALID_ARGUMENT, sentence)
+    assert grpc_rejection(proxy.grpc_port, message) == (grpc.StatusCode.INVALID_ARGUMENT, sentence)
 
 
 def message_with(**fields: object) -> bytes:
@@ -468,7 +471,7 @@ def message_with(**fields: object) -> bytes:
 
 
 Request, Parameter = service_pb2.ModelInferRequest, service_pb2.InferParameter
-TWICE, IN_FRONT = "the message has a field twice", "too long in front of the photo"
+TWICE, IN_FRONT = "the message has a field twice", "too long before the photo"
 ENTRY = b'"\x09\n\x03add\x12\x02\x10\x01'
 MESSAGE = infer_message(PHOTO).SerializeToString()
 
@@ -477,15 +480,15 @@ MESSAGE = infer_message(PHOTO).SerializeToString()
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [
-        # Fields that cost tritonserver many times what they have on the wire
+        # Fields that cost tritonserver many times their size on the wire
         (b"\x2a\0" * 5_000_000, TWICE),
         (b"\x32\0" * 5_000_000, "unknown output"),
         (b"\x3a\0" * 5_000_000, "the photo is missing"),
         (MESSAGE + b"\x3a\0" * 5_000_000, "raw_input_contents must be one photo"),
         (b"\x22\0" * 5_000_000, IN_FRONT),
         (b"\x0a\0" * 5_000_000, TWICE),
-        (b"\x08\0" * 5_000_000, "not known here"),
-        (b"\x0b\x0c" * 5_000_000, "not known here"),
+        (b"\x08\0" * 5_000_000, "unknown field"),
+        (b"\x0b\x0c" * 5_000_000, "unknown field"),
         (message_with(parameters={str(n): Parameter(bool_param=True) for n in range(1_000_000)}), "unknown parameter"),
         (message_with(parameters={"add": Parameter(int64_param=1)}).replace(ENTRY, 2 * ENTRY), "add is named twice"),
         # The input
@@ -521,17 +524,17 @@ MESSAGE = infer_message(PHOTO).SerializeToString()
         (message_with(parameters={"timeout": Parameter(int64_param=2**62)}), "timeout must be a whole number"),
         # The rest
         (message_with(model_name="secret"), "the model must be Toy"),
-        (message_with(model_version="1"), "not known here"),
-        (message_with(id="x" * 129), "id may have"),
-        (message_with(id="secret\n"), "id may have"),
+        (message_with(model_version="1"), "unknown field"),
+        (message_with(id="x" * 129), "id must have"),
+        (message_with(id="secret\n"), "id must have"),
         (MESSAGE + MESSAGE, "raw_input_contents must be one photo"),
-        (bytes(10_000_000), "not known here"),
-        (b"\xff" * 10_000_000, "not known here|malformed"),
+        (bytes(10_000_000), "unknown field"),
+        (b"\xff" * 10_000_000, "unknown field|malformed"),
         (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", "malformed"),
     ],
 )
-def test_a_message_that_says_anything_else_than_a_photo_needs_is_refused(proxy, message, sentence):
-    code, said = grpc_refusal(proxy.grpc_port, message)
+def test_a_message_that_says_anything_else_than_a_photo_needs_is_rejected(proxy, message, sentence):
+    code, said = grpc_rejection(proxy.grpc_port, message)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert re.search(sentence, said), said
     assert said.isascii()
@@ -568,7 +571,7 @@ INVALID, UNIMPLEMENTED = "3", "12"
         ("POST", (*GRPC_HEADERS, ("content-type", "application/grpcx")), INVALID),
         ("HEAD", GRPC_HEADERS, UNIMPLEMENTED),
         ("OPTIONS", GRPC_HEADERS, UNIMPLEMENTED),
-        # These reach the server, which answers them.
+        # These reach the server, which responds.
         ("POST", (*GRPC_HEADERS, ("grpc-timeout", "0S")), "4"),
         ("POST", (*GRPC_HEADERS, ("grpc-timeout", "99999999H"), ("grpc-accept-encoding", "gzip,,x")), "0"),
         ("POST", (*GRPC_HEADERS, ("connection", "close"), ("x", "\x7f"), ("lb-token", "x")), "0"),
@@ -628,9 +631,9 @@ def test_tls_and_the_api_key(server, certificate, monkeypatch):
         ) as client:
             image = locked.connect("grpc").image_input(PHOTO)
             assert client.is_model_ready("Toy")
-            for refused in (client.get_model_metadata, partial(client.infer, inputs=[image])):
+            for rejected in (client.get_model_metadata, partial(client.infer, inputs=[image])):
                 with pytest.raises(Exception, match="send a valid API key"):
-                    refused("Toy")
+                    rejected("Toy")
             result = client.infer("Toy", [image], headers={"authorization": f"Bearer {KEY}"})
             assert (result.as_numpy("inverted")[0] == 255 - decode(PHOTO)).all()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Too many requests, too little memory, and clients that do not play along."""
+"""Too many requests, too little memory, and clients that misbehave."""
 
 import contextlib
 import http.client
@@ -35,10 +35,10 @@ from client import Connection, InferenceError
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Server]]:
-    """Servers by what they are for. They start at once, which is faster."""
+    """Servers by their purpose. They start in parallel, which is faster."""
     folder = tmp_path_factory.mktemp("limits")
     servers = {
-        # Answers one request at a time and lets eight wait.
+        # Processes one request at a time, with a queue of eight.
         "slow": start_toy(folder / "slow", "--instances", 1, "--max-queue", 8, "--triton-timeout-s", 3),
         "strange clients": start_toy(folder / "clients", "--max-queue", 100, "--triton-timeout-s", 3),
         "little shared memory": start_toy(folder / "shm", "--instances", 16, prefix=with_tmpfs("/dev/shm", "64m")),
@@ -53,7 +53,7 @@ def slow(servers: Mapping[str, Server]) -> Server:
     return servers["slow"]
 
 
-def test_more_clients_than_may_wait_are_refused_at_once(slow):
+def test_more_clients_than_may_wait_are_rejected_immediately(slow):
     connections = {protocol: slow.connect(protocol) for protocol in PROTOCOLS}
 
     def ask(protocol: str) -> str:
@@ -63,12 +63,12 @@ def test_more_clients_than_may_wait_are_refused_at_once(slow):
             return str(error)
 
     with ThreadPoolExecutor(200) as pool:
-        answers = list(pool.map(ask, PROTOCOLS * 100))
-    refused = answers.count("the server is busy and its queue is full: send the photo again later")
-    answered = answers.count("(1, 512, 512, 3)")
-    assert refused + answered == 200
-    assert answered >= 9
-    assert refused > 50
+        responses = list(pool.map(ask, PROTOCOLS * 100))
+    rejected = responses.count("the server is busy and its queue is full: send the photo again later")
+    succeeded = responses.count("(1, 512, 512, 3)")
+    assert rejected + succeeded == 200
+    assert succeeded >= 9
+    assert rejected > 50
     assert ask("http") == "(1, 512, 512, 3)"
 
 
@@ -85,7 +85,7 @@ def test_a_request_that_waited_too_long_is_not_begun(slow, protocol, tmp_path):
         go_on.touch()
         with pytest.raises(InferenceError, match="timeout expired"):
             impatient.result()
-        assert all(answer.result()["inverted"].shape == (1, 512, 512, 3) for answer in patient)
+        assert all(response.result()["inverted"].shape == (1, 512, 512, 3) for response in patient)
     assert slow.metric("exec_count") == begun + 3
     wait_for(lambda: metric_of_expired_requests(slow) == expired + 1)
 
@@ -149,11 +149,11 @@ def test_with_little_shared_memory_the_server_takes_smaller_photos_and_lives(ser
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8))
     with pytest.raises(InferenceError, match=r"the request has \d+ bytes, but the limit is \d+") as error:
         connections[0].infer(encode(noise, "BMP"))
-    with pytest.raises(InferenceError, match=r"pixels, but this server accepts at most \d+"):
+    with pytest.raises(InferenceError, match=r"pixels, but this server's limit is \d+"):
         connections[1].infer(encode(Image.new("RGB", (side + 1, side + 1)), "PNG"))
     damaged = bytes(int(re.search(r"limit is (\d+)", str(error.value))[1]))
 
-    def refuse(connection: Connection) -> None:
+    def expect_rejection(connection: Connection) -> None:
         with pytest.raises(InferenceError, match="is damaged"):
             connection.infer(damaged)
 
@@ -162,14 +162,14 @@ def test_with_little_shared_memory_the_server_takes_smaller_photos_and_lives(ser
     with ThreadPoolExecutor(6) as pool:
         for width in (side // 4, side // 2, 3 * side // 4, side, side, side):
             encoded = encode(noise.crop((0, 0, width, side)), "JPEG", quality=100)
-            for answer in pool.map(lambda connection, encoded=encoded: connection.infer(encoded), connections):
-                assert answer["inverted"].shape == (1, side, width, 3)
-            list(pool.map(refuse, connections * 5))
+            for response in pool.map(lambda connection, encoded=encoded: connection.infer(encoded), connections):
+                assert response["inverted"].shape == (1, side, width, 3)
+            list(pool.map(expect_rejection, connections * 5))
     assert server.process.poll() is None
 
 
 def infer_with_text(server: Server, photo: bytes, text: bytes) -> str:
-    """Send a photo over HTTP with a parameter that has any bytes, and return what the server says."""
+    """Send a photo over HTTP with a parameter that has any bytes, and return the server's error."""
     size = {"binary_data_size": len(photo)}
     request = {
         "parameters": {"note": "TEXT"},
@@ -182,7 +182,7 @@ def infer_with_text(server: Server, photo: bytes, text: bytes) -> str:
         return connection.getresponse().read().decode()
 
 
-def test_what_cannot_be_passed_on_to_the_server_is_refused_and_leaves_nothing_behind(servers):
+def test_requests_that_cannot_be_passed_on_are_rejected_and_leave_nothing_behind(servers):
     server = servers["little shared memory"]
     connection = server.connect("grpc")
     for _ in range(20):  # the requests alone have 100 MB, of 64

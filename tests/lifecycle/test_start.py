@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the server starts: what stops it, what it falls back to, and what a signal in between does."""
+"""How the server starts: its errors, its fallbacks, and signals during the start."""
 
 import argparse
 import contextlib
@@ -44,13 +44,13 @@ TOKEN = "a-token_of-24-characters"
 
 
 def in_shell(script: str) -> list[str]:
-    """Return what to put before a command so that a shell runs a script first."""
+    """Return a prefix for a command so that a shell runs a script first."""
     return ["sh", "-c", f'{script}; exec "$@"', "sh"]
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Server]]:
-    """Servers by how they are started. All at once, which is faster."""
+    """Servers by how they are started. They start in parallel, which is faster."""
     folder = tmp_path_factory.mktemp("start")
     # A port that the command line overrides, and an option that the command line does not have.
     environment = {"PYTRITON_TRITON_CONFIG_HTTP_PORT": "1", "PYTRITON_TRITON_CONFIG_ALLOW_METRICS": ""}
@@ -88,7 +88,7 @@ def test_a_worker_that_does_not_start_ends_the_server_with_one_line(arguments, s
         assert server.left_behind() == []
 
 
-# What a class of somebody's own may get wrong, as code that replaces something in the toy's.
+# Errors of a user's class, as code that replaces a part of the toy's.
 WRONG_STAGES = {
     "limits that raise": (
         "Inversion.limits = classmethod(lambda cls, options: 1 / 0)",
@@ -98,7 +98,7 @@ WRONG_STAGES = {
         "Inversion.limits = classmethod(lambda cls, options: None)",
         "the limits of Inversion failed: cannot unpack non-iterable NoneType object; --verbose shows where",
     ),
-    "an example that is refused": (
+    "an example that is rejected": (
         "Inversion.example = classmethod(lambda cls, options: Request({'image': np.zeros(9, np.uint8)}, {}))",
         "a worker failed to start: the photo ",
     ),
@@ -199,7 +199,7 @@ def test_a_pytriton_that_lacks_something_is_one_line(code, missing, tmp_path):
     done = run_python(script, "--http-port", free_ports(1)[0])
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("patched_toy.py: PyTriton 0.7.0 lacks what this server uses (")
+    assert line.startswith("patched_toy.py: PyTriton 0.7.0 does not fit this server (")
     assert missing in line
     assert line.endswith("): install requirements.txt")
 
@@ -236,7 +236,7 @@ def test_another_version_of_python_is_named(monkeypatch):
         Triton(options, Lifecycle(2))
 
 
-def test_two_ports_that_are_the_same_are_refused():
+def test_two_ports_that_are_the_same_are_rejected():
     port = free_ports(1)[0]
     with pytest.raises(UsageError, match="choose another --metrics-port"):
         Triton(serving_options("--http-port", port, "--metrics-port", port), Lifecycle(2))
@@ -255,7 +255,7 @@ def test_triton_options_come_from_the_environment_and_the_command_line_wins(serv
     ("environment", "expected"),
     [({"HTTP_PORT": "99999"}, "port must be 0-65535"), ({"ALLOW_HTTP": "", "ALLOW_GRPC": ""}, "has to be allowed")],
 )
-def test_triton_options_in_the_environment_that_cannot_work_are_refused(environment, expected, monkeypatch):
+def test_triton_options_in_the_environment_that_cannot_work_are_rejected(environment, expected, monkeypatch):
     options = serving_options()
     del options.http_port  # it would win
     for name, value in environment.items():
@@ -289,13 +289,13 @@ def test_administrative_endpoints_need_the_access_token_in_the_documented_header
     assert client.get_inference_statistics("Toy", headers={header: TOKEN})
 
 
-def test_many_instances_start_at_once(servers):
+def test_many_instances_start_at_the_same_time(servers):
     # If they start in parallel, some of them miss the first one, at the latest on a busy machine.
     server = servers["many instances"]
     assert len(server.processes("stubs")) == 8
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(server.connect("grpc").infer, [PHOTO] * 8))
-    assert all((answer["inverted"][0] == 255 - decode(PHOTO)).all() for answer in answers)
+        responses = list(pool.map(server.connect("grpc").infer, [PHOTO] * 8))
+    assert all((response["inverted"][0] == 255 - decode(PHOTO)).all() for response in responses)
 
 
 def test_warnings_of_all_workers_stand_right_above_the_line_that_says_ready(servers):
@@ -305,7 +305,7 @@ def test_warnings_of_all_workers_stand_right_above_the_line_that_says_ready(serv
     assert sum("FALLBACK" in line for line in lines) == 3  # once from each worker, and once more for both
 
 
-def test_each_device_has_a_worker_and_all_of_them_answer(servers):
+def test_each_device_has_a_worker_and_all_of_them_respond(servers):
     server = servers["two workers"]
 
     def busy() -> list[float]:
@@ -317,8 +317,8 @@ def test_each_device_has_a_worker_and_all_of_them_answer(servers):
 
     def all_have_worked() -> bool:
         with ThreadPoolExecutor(4) as pool:
-            for answer in pool.map(connection.infer, [PHOTO] * 4):
-                assert (answer["inverted"][0] == 255 - decode(PHOTO)).all()
+            for response in pool.map(connection.infer, [PHOTO] * 4):
+                assert (response["inverted"][0] == 255 - decode(PHOTO)).all()
         return all(late > early for early, late in zip(before, busy(), strict=True))
 
     wait_for(all_have_worked)
@@ -329,7 +329,7 @@ def test_each_device_has_a_worker_and_all_of_them_answer(servers):
     [
         ("/proc/nowhere", "PyTriton cannot create its workspace: "),
         (f"/tmp/{'x' * 90}", f"the path of PyTriton's folder, /tmp/{'x' * 90}, is too long for the sockets in it: "),
-        *((f"/tmp/{name}", "has characters that Triton cannot take: ") for name in ("a b", "a&b", "a'b", "jürgen")),
+        *((f"/tmp/{name}", "characters that Triton does not support: ") for name in ("a b", "a&b", "a'b", "jürgen")),
     ],
 )
 def test_a_workspace_that_cannot_be_created_is_one_line(home, expected, monkeypatch):
@@ -341,7 +341,7 @@ def test_a_workspace_that_cannot_be_created_is_one_line(home, expected, monkeypa
 
 
 def with_mount(what: str) -> list[str]:
-    """Return what to put before a command so that it has a mount of its own."""
+    """Return a prefix for a command that gives it its own mount."""
     with_tmpfs("/mnt", "1m")  # skips the test if it cannot mount
     return ["unshare", "-rm", *in_shell(f"mount -t tmpfs {what}")]
 
@@ -352,7 +352,7 @@ def with_mount(what: str) -> list[str]:
         (with_mount, "-o noexec tmpfs $PYTRITON_HOME", "is on a file system that is mounted noexec: set PYTRITON_HOME"),
         (with_mount, "-o ro tmpfs /dev/shm", "/dev/shm must be a writable tmpfs, but: Read-only file system"),
         (with_mount, "-o ro tmpfs /tmp", "Triton needs to create files in /tmp: mount a writable folder there"),
-        (in_shell, "ulimit -n 256", "the hard limit of open files is 256, but at least 1024 are needed: raise it"),
+        (in_shell, "ulimit -n 256", "the hard limit of open files is 256, but must be at least 1024: raise it"),
         (in_shell, "mkdir gone; cd gone; rmdir ../gone", "the working directory was deleted: start the server in"),
     ],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the server stops: requests in flight are finished or told, and nothing is left behind."""
+"""How the server stops: requests in flight finish or get an error, and there are no leftovers."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from conftest import (
     TOY_SERVER,
     Server,
     decode,
-    infer_until_refused,
+    infer_until_rejected,
     running_together,
     start_toy,
     wait_for,
@@ -58,7 +58,7 @@ class Stopped:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stopped]]:
-    """Servers by how they are stopped. All at once, because each takes some seconds to start and to stop."""
+    """Servers by how they are stopped. They run in parallel, because each takes some seconds to start and to stop."""
     folder = tmp_path_factory.mktemp("stopped")
     busy = ("--max-queue", 100)
     servers = {
@@ -75,7 +75,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
         for how in UNDER_LOAD:
             # More requests than can be finished: the others are told so, and the clients' connections stay open.
             stopped[how].clients = [
-                pool.submit(infer_until_refused, servers[how].connect(protocol), sleep_s=0.1)
+                pool.submit(infer_until_rejected, servers[how].connect(protocol), sleep_s=0.1)
                 for protocol in PROTOCOLS * 10
             ]
         for how, seconds in (("long drain", 1.5), ("short drain", 100), ("killed Triton", 100)):
@@ -99,7 +99,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
                 wait_for(lambda server=server: server.metric("request_success") >= 4)
             server.segments()
         for how, server in servers.items():
-            if how == "Ctrl-C in a terminal":  # Triton gets the signal, too
+            if how == "Ctrl-C in a terminal":  # Triton also gets the signal
                 os.killpg(server.process.pid, signal.SIGINT)
             else:
                 # A terminal that is closed sends SIGHUP.
@@ -122,7 +122,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
 def test_a_signal_under_load_ends_the_server_cleanly(stopped, how):
     stopped[how].assert_it_ended_cleanly(within_s=10)
     results = [client.result() for client in stopped[how].clients]
-    assert sum(answered for answered, _ in results) > 0
+    assert sum(succeeded for succeeded, _ in results) > 0
     for _, said in results:
         assert re.search("is stopping|refused|closed|UNAVAILABLE|not ready|unknown|queue is full|reset", said), said
 

@@ -38,13 +38,13 @@ from front_door import (
     connected,
     described,
     frame,
-    grpc_refusal,
+    grpc_rejection,
     grpc_status,
     h2_data,
     h2_exchange,
     h2_request,
     infer_message,
-    infer_refusal,
+    infer_rejection,
     receive,
     request_head,
     send,
@@ -60,14 +60,14 @@ INFER, READY = "/v2/models/Toy/infer", "/v2/models/Toy/ready"
 RAW, MODEL_INFER = "Inference-Header-Content-Length: 0", f"{SERVICE}/ModelInfer"
 MEGABYTE = 1_000_000
 IN_FLIGHT = 32  # from one address; see deploy/nginx.conf
-# Of memory and of /dev/shm. Triton keeps the memory of as many answers as were once in flight, of 12 MB here, and in
+# Of memory and of /dev/shm. Triton keeps the memory of as many responses as were once in flight, of 12 MB here, and in
 # each of its 8 threads for HTTP the stack that deep JSON needed, 0.1 GB.
 GROWTH_GB = (2, 0.5)
 OPTIONS = ("--behind-proxy", "--instances", 4, "--max-queue", 512)  # a queue as on a GPU
 
 
 class GoodClient:
-    """Sends photos over kept connections, over both protocols, and checks each answer."""
+    """Sends photos over kept connections, over both protocols, and checks each response."""
 
     def __init__(self, proxy: Proxy):
         self._proxy = proxy
@@ -78,23 +78,23 @@ class GoodClient:
         self._threads = [threading.Thread(target=self._ask, args=(protocol,)) for protocol in PROTOCOLS]
         for thread in self._threads:
             thread.start()
-        self.usual_s = max(self.next_answers(10))
+        self.usual_s = max(self.next_responses(10))
 
     def _ask(self, protocol: str) -> None:
         connection = self._proxy.connect(protocol)
         while not self._stopped.wait(0.02):
             began = time.monotonic()
             try:
-                answer = connection.infer(PHOTO, ("inverted",))["inverted"][0]
+                response = connection.infer(PHOTO, ("inverted",))["inverted"][0]
             except Exception as error:
                 self._failures.append(f"{protocol}: {error}")
                 return
-            if (answer != self._expected).any():
-                self._failures.append(f"{protocol}: a wrong answer")
+            if (response != self._expected).any():
+                self._failures.append(f"{protocol}: a wrong response")
             self.seconds[protocol].append(time.monotonic() - began)
 
-    def next_answers(self, count: int) -> list[float]:
-        """Return the typical seconds of the next answers, by protocol. Fails if one was not answered, or wrongly."""
+    def next_responses(self, count: int) -> list[float]:
+        """Return the typical seconds of the next responses, by protocol. Fails if one is an error or wrong."""
         before = {protocol: len(seconds) for protocol, seconds in self.seconds.items()}
         wait_for(
             lambda: self._failures or all(len(self.seconds[name]) >= before[name] + count for name in before),
@@ -126,9 +126,9 @@ class FrontDoor:
         return memory, shutil.disk_usage("/dev/shm").used
 
     def assert_unharmed(self) -> None:
-        """The good client is answered as usual, no process was replaced, and memory is within bounds."""
-        # Twice the usual time, and what a busy machine adds.
-        assert max(self.client.next_answers(10)) < 2 * self.client.usual_s + 0.2
+        """The good client gets its responses as usual, no process was replaced, and memory is within bounds."""
+        # Twice the usual time, and some more for a busy machine.
+        assert max(self.client.next_responses(10)) < 2 * self.client.usual_s + 0.2
         assert self._pids() == self._processes
 
         def grown() -> list[float]:
@@ -274,7 +274,7 @@ def test_a_request_behind_the_body_of_another_is_a_request_like_others(front_doo
     assert statuses(front_door.http_port, head + b"1234" + smuggled) == [500, 404]  # no photo, not allowed
 
 
-def test_an_empty_length_of_json_is_refused(front_door):
+def test_an_empty_length_of_json_is_rejected(front_door):
     headers = ("Inference-Header-Content-Length: ", f"Content-Length: {len(PHOTO)}")
     assert status(front_door.http_port, "POST", INFER, *headers, body=PHOTO) == 400
 
@@ -299,7 +299,7 @@ def test_deep_and_long_json(front_door):
     for opening in (b"[", b'{"a":'):
         nested = opening * (999_999 // len(opening))
         assert status(front_door.http_port, "POST", INFER, f"Content-Length: {len(nested)}", body=nested) == 400
-        assert infer_refusal(front_door.http_port, nested[:16_000], PHOTO)[0] == 400
+        assert infer_rejection(front_door.http_port, nested[:16_000], PHOTO)[0] == 400
     long = json.dumps({"inputs": [{"name": "image", "data": [255] * 10_000_000}]}).encode()
     assert len(long) > 49 * MEGABYTE
     assert status(front_door.http_port, "POST", INFER, f"Content-Length: {len(long)}", body=long) == 400
@@ -317,7 +317,7 @@ def image_json(shape: list[int], **members: object) -> bytes:
 
 
 def large_json(**members: object) -> bytes:
-    """Return a request with the large photo behind it."""
+    """Return a request with the large photo after it."""
     return json.dumps({"inputs": described(LARGE_PHOTO)["inputs"]} | members).encode()
 
 
@@ -345,8 +345,8 @@ def test_what_triton_would_pay_dearly_for_costs_nothing(front_door, attack):
     def send_one(_: int) -> object:
         request = COSTLY[attack]
         if isinstance(request, bytes):
-            return grpc_refusal(front_door.grpc_port, request)[0]
-        return infer_refusal(front_door.http_port, *request)[0]
+            return grpc_rejection(front_door.grpc_port, request)[0]
+        return infer_rejection(front_door.http_port, *request)[0]
 
     before = front_door.server.memory().total()
     with ThreadPoolExecutor(6) as pool:
@@ -365,10 +365,10 @@ def test_thousands_of_empty_bodies_leave_nothing_behind(front_door, protocol, th
         ) as connection:
             for _ in range(count):
                 connection.request("POST", INFER, headers={"Inference-Header-Content-Length": "0"})
-                answer = connection.getresponse()
-                answer.read()
-                assert answer.status == (400 if through == "proxy" else 500)
-                time.sleep(0.001)  # more than 1,000 per second are refused
+                response = connection.getresponse()
+                response.read()
+                assert response.status == (400 if through == "proxy" else 500)
+                time.sleep(0.001)  # more than 1,000 per second are rejected
 
     def send_over_grpc(count: int) -> None:
         message = infer_message(b"").SerializeToString()
@@ -384,14 +384,14 @@ def test_thousands_of_empty_bodies_leave_nothing_behind(front_door, protocol, th
     send(500)
     memory, shared = front_door.server.memory().total(), front_door.server.shared_memory()
     send(5000)
-    # The good client goes on, too.
+    # The good client goes on as well.
     assert front_door.server.memory().total() - memory < 50 * MEGABYTE
     assert front_door.server.shared_memory() - shared < 10 * MEGABYTE  # PyTriton kept 6.6 KB of each
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_passes_over_grpc_is_what_protobuf_itself_writes_for_a_photo(seed):
-    """Whatever is changed in a message: if the proxy lets it through, no parser can take it for anything else."""
+    """If a message is changed in any way and the proxy accepts it, no parser can take it for anything else."""
     photo, rng = bytes(300), random.Random(seed)
     request = infer_message(photo)
     request.id = "a-1"
@@ -409,7 +409,7 @@ def test_what_passes_over_grpc_is_what_protobuf_itself_writes_for_a_photo(seed):
     passed = 0
     with Proxy([nobody]) as proxy, grpc.insecure_channel(f"127.0.0.1:{proxy.grpc_port}") as channel:
         infer = channel.unary_unary(MODEL_INFER)
-        for _ in range(1000):  # as many as the proxy lets through at once
+        for _ in range(1000):  # as many as the proxy accepts at the same time
             message = bytearray(good)
             for _ in range(rng.randint(1, 3)):
                 at = rng.randrange(len(good) - len(photo))
@@ -498,8 +498,8 @@ def test_administration_over_http(front_door, with_token):
     for method, path in ADMINISTRATION:
         for spelling in spellings(path):
             for verb in {method, "POST", "GET"}:
-                answer = status(front_door.http_port, verb, spelling, *token, "Content-Length: 2", body=b"{}")
-                assert answer in (400, 404), (verb, spelling)
+                response = status(front_door.http_port, verb, spelling, *token, "Content-Length: 2", body=b"{}")
+                assert response in (400, 404), (verb, spelling)
 
 
 def test_the_root_is_the_page_however_it_is_spelled(front_door):
@@ -508,8 +508,8 @@ def test_the_root_is_the_page_however_it_is_spelled(front_door):
         assert status(front_door.http_port, "POST", spelling, "Content-Length: 2", body=b"{}") in (400, 404)
         with connected(front_door.http_port) as connection:
             send(connection, request_head("GET", spelling))
-            answer = receive(connection)
-        assert answer.split(b" ", 2)[1] in (b"400", b"404") or answer.endswith(b"\r\n\r\n" + page), spelling
+            response = receive(connection)
+        assert response.split(b" ", 2)[1] in (b"400", b"404") or response.endswith(b"\r\n\r\n" + page), spelling
 
 
 @pytest.mark.parametrize("with_token", [False, True])
@@ -538,7 +538,7 @@ def test_rest_over_http2_and_grpc_over_http1(front_door):
 
 
 def assert_closed(sockets: list[socket.socket], within_s: float) -> None:
-    """Read what arrives until the other side has closed all connections."""
+    """Read data until the other side has closed all connections."""
     deadline = time.monotonic() + within_s
     for connection in sockets:
         connection.settimeout(max(0.1, deadline - time.monotonic()))
@@ -565,7 +565,7 @@ def test_slow_headers(front_door, protocol):
         while time.monotonic() < began + 8:  # a byte now and then does not help
             for connection in sockets if protocol == "http" else ():
                 send(connection, b"X")
-            assert max(front_door.client.next_answers(3)) < 5
+            assert max(front_door.client.next_responses(3)) < 5
         assert_closed(sockets, within_s=15)
 
 
@@ -579,7 +579,7 @@ def test_slow_bodies(front_door, protocol):
             request = h2_request(1, "POST", MODEL_INFER, *GRPC_HEADERS)
             part = frame(0, 0, 1, b"\0" + (40 * MEGABYTE).to_bytes(4, "big") + bytes(1000))
             many(stack, 200, front_door.grpc_port, H2_PREFACE + request + part)
-        assert max(front_door.client.next_answers(3)) < 5
+        assert max(front_door.client.next_responses(3)) < 5
         # They are given up, which makes room for others.
         assert status(front_door.http_port, "GET", READY) == 429
         wait_for(lambda: status(front_door.http_port, "GET", READY) == 200, timeout_s=30)
@@ -587,7 +587,7 @@ def test_slow_bodies(front_door, protocol):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_slow_readers(front_door, protocol):
-    photo = encode(Image.new("RGB", (2000, 2000)), "PNG")  # an answer of 12 MB
+    photo = encode(Image.new("RGB", (2000, 2000)), "PNG")  # a response of 12 MB
     with contextlib.ExitStack() as stack:
         if protocol == "http":
             request = request_head("POST", INFER, RAW, f"Content-Length: {len(photo)}") + photo
@@ -597,7 +597,7 @@ def test_slow_readers(front_door, protocol):
             message = b"\0" + len(content).to_bytes(4, "big") + content
             request = h2_request(1, "POST", MODEL_INFER, *GRPC_HEADERS) + h2_data(1, message)
             many(stack, 200, front_door.grpc_port, H2_PREFACE + request, receive_buffer=4096)
-        assert max(front_door.client.next_answers(3)) < 20  # behind the large photos in the queue
+        assert max(front_door.client.next_responses(3)) < 20  # after the large photos in the queue
         wait_for(lambda: not front_door.server.metric("pending_request_count"), timeout_s=60)
         front_door.assert_unharmed()
 
@@ -630,7 +630,7 @@ def test_rapid_reset(front_door, request_of):
             connection.settimeout(10)
             send(connection, H2_PREFACE + attempts)
             receive(connection)
-    assert max(front_door.client.next_answers(3)) < 5
+    assert max(front_door.client.next_responses(3)) < 5
 
 
 def test_too_many_requests_in_flight_from_one_address(front_door):
@@ -640,7 +640,7 @@ def test_too_many_requests_in_flight_from_one_address(front_door):
         for connection in waiting:
             assert connection.recv(100).startswith(b"HTTP/1.1 100 ")  # counted, and waiting for the body
         assert status(front_door.http_port, "GET", READY) == 429
-        assert max(front_door.client.next_answers(3)) < 5  # from another address
+        assert max(front_door.client.next_responses(3)) < 5  # from another address
         for connection in waiting:
             connection.close()
     wait_for(lambda: status(front_door.http_port, "GET", READY) == 200, timeout_s=60)
@@ -650,9 +650,9 @@ def test_too_many_requests_per_second_from_one_address(front_door):
     head = request_head("GET", READY).replace(b"Connection: close\r\n", b"")
     with contextlib.ExitStack() as stack:
         sockets = many(stack, 8, front_door.http_port, 900 * head + request_head("GET", READY))
-        answers = b"".join(receive(connection) for connection in sockets)
-    assert answers.count(b"HTTP/1.1 200") >= 1000
-    assert answers.count(b"HTTP/1.1 429") >= 1
+        responses = b"".join(receive(connection) for connection in sockets)
+    assert responses.count(b"HTTP/1.1 200") >= 1000
+    assert responses.count(b"HTTP/1.1 429") >= 1
     wait_for(lambda: status(front_door.http_port, "GET", READY) == 200, timeout_s=60)
 
 

@@ -20,7 +20,7 @@ def test_the_benchmark_measures_servers_over_both_protocols_and_draws_the_figure
     for row in report["rows"]:
         assert row["photos"] > 0
         assert row["errors"] == 0
-        assert row["answer_bytes"] > 10_000
+        assert row["response_bytes"] > 10_000
         assert row["server_cpu_ms_by_process"].keys() <= {"main", "worker", "tritonserver", "stubs", "helpers"}
     assert "| server/jpeg/http | http | encoded | 1 |" in done.stdout
 
@@ -37,7 +37,7 @@ def test_a_server_that_does_not_start_ends_the_benchmark_with_a_sentence():
     assert done.stderr.splitlines()[-1] == "benchmark: server: the server ended with status 2; its log says why"
 
 
-def test_an_unknown_row_is_answered_with_the_names_of_the_rows():
+def test_an_unknown_row_is_rejected_with_the_names_of_the_rows():
     done = run_python("-m", "benchmark", "--rows", "nonsense")
     assert done.returncode == 2
     assert "invalid choice: 'nonsense'" in done.stderr

@@ -21,7 +21,7 @@ CLIENTS = 4
 @pytest.mark.timeout(120 + COUNT // 10)
 def test_each_hostile_photo_gets_its_own_pixels_or_one_sentence(tmp_path):
     outcomes, memory = Counter(), []
-    # A server of its own, so that nothing else changes its memory.
+    # A separate server, so that nothing else changes its memory.
     with running_server(tmp_path / "log", "--weights", "demo") as server, ThreadPoolExecutor(CLIENTS) as pool:
         # At first heaps fill up, so memory is compared from the half on.
         for numbers in (range(COUNT // 2), range(COUNT // 2, COUNT)):
@@ -34,7 +34,7 @@ def test_each_hostile_photo_gets_its_own_pixels_or_one_sentence(tmp_path):
         print("the server's memory at the start, halfway and at the end, MB:", *(round(size / 1e6) for size in memory))
         assert outcomes.total() == COUNT
         assert not [outcome for outcome in outcomes if outcome.startswith("NOT")]
-        assert {f"{file_format} answered: original" for file_format in FORMATS} < set(outcomes)
+        assert {f"{file_format} processed: original" for file_format in FORMATS} < set(outcomes)
         # tritonserver keeps 1.4 KB of each failed request.
         assert memory[2] - memory[1] < 2e6 * len(server.family()) + 3000 * COUNT / 2
         assert server.process.poll() is None

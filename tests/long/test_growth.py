@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photos that are refused leave nothing behind: no memory, no process."""
+"""Rejected photos leave no memory and no process behind."""
 
 import math
 import shutil
@@ -37,35 +37,35 @@ BAD_PHOTOS = [
 ]
 
 
-def refuse(connection: Connection, encoded: bytes) -> None:
+def expect_rejection(connection: Connection, encoded: bytes) -> None:
     with pytest.raises(InferenceError):
         connection.infer(encoded)
 
 
-def test_nothing_grows_and_nothing_restarts_while_photos_are_refused(tmp_path):
+def test_nothing_grows_and_nothing_restarts_while_photos_are_rejected(tmp_path):
     with running_server(tmp_path / "log", "--weights", "demo") as server:
 
-        def refuse_all(client: int) -> None:
+        def reject_all(client: int) -> None:
             connection = server.connect(PROTOCOLS[client % 2])
             for encoded in BAD_PHOTOS * 10:
-                refuse(connection, encoded)
+                expect_rejection(connection, encoded)
 
-        def memory_while_photos_are_refused() -> Counter[str]:
+        def memory_while_photos_are_rejected() -> Counter[str]:
             """Return the most that was in use between the photos."""
-            # What a photo needed for a moment is not always given back at once.
+            # Temporary memory is not always freed immediately.
             most = Counter()
             for round_ in range(10):
-                refuse_all(round_)
+                reject_all(round_)
                 most = max(most, server.memory(), key=Counter.total)
             return most
 
         # Triton's processes keep the memory that they once used. So that this happens now, each instance is kept busy.
         instances = len(server.processes("stubs"))
         with ThreadPoolExecutor(instances) as pool:
-            list(pool.map(refuse_all, range(instances)))
+            list(pool.map(reject_all, range(instances)))
         processes = {process.pid for process in server.family()}
-        before, shared = memory_while_photos_are_refused(), server.shared_memory()
-        after = memory_while_photos_are_refused()
+        before, shared = memory_while_photos_are_rejected(), server.shared_memory()
+        after = memory_while_photos_are_rejected()
         for name in after:  # pytest -rP shows it
             print(f"memory of {name}: {before[name] / 1e6:.0f} MB, then {after[name] / 1e6:.0f} MB")
         # The requests alone have 190 MB.
@@ -80,11 +80,11 @@ def test_nothing_grows_and_nothing_restarts_while_photos_are_refused(tmp_path):
 def test_the_largest_photos_that_fail_fit_into_the_shared_memory_that_the_server_counts_on(tmp_path):
     """A full /dev/shm would end the server with a bus error. This one has not a byte more than the server wants."""
     instances, side = 14, 2000
-    size, answer = max_photo_bytes(side**2), 3 * side**2 + 64
-    wanted = instances * (SHM_BYTES_PER_INSTANCE + math.ceil(SHM_BYTES_PER_BYTE * (size + answer)))
+    size, response = max_photo_bytes(side**2), 3 * side**2 + 64
+    wanted = instances * (SHM_BYTES_PER_INSTANCE + math.ceil(SHM_BYTES_PER_BYTE * (size + response)))
     noise = np.random.default_rng(0).integers(0, 256, size, np.uint8).tobytes()
     good = encode(Image.frombytes("RGB", (side, side), 2 * noise, "raw"), "JPEG", quality=100)
-    # Each is refused in another place, and has the largest size that is not refused at once.
+    # Each is rejected in another place, and has the largest size that is not rejected immediately.
     bad = [noise, bytes(size), b"BM" + noise[2:], PHOTO[:5000] + noise[5000:], PNG[:33] + noise[33:], b"x" + noise]
 
     options = ("--instances", instances, "--max-queue", 64, "--max-pixels", side**2)
@@ -96,7 +96,7 @@ def test_the_largest_photos_that_fail_fit_into_the_shared_memory_that_the_server
         def send(client: int) -> None:
             connection = server.connect(PROTOCOLS[client % 2])
             for encoded in [good, *bad] * 4:
-                refuse(connection, encoded) if encoded in bad else connection.infer(encoded)
+                expect_rejection(connection, encoded) if encoded in bad else connection.infer(encoded)
                 used.append(shutil.disk_usage(f"/proc/{server.process.pid}/root/dev/shm").used)
 
         with ThreadPoolExecutor(2 * instances) as pool:

@@ -25,7 +25,7 @@ sys.stdin.read()
 
 @NEEDS_GPU
 @pytest.mark.alone
-def test_photos_fail_while_a_neighbor_fills_the_gpu_and_are_answered_afterwards(tmp_path):
+def test_photos_fail_while_a_neighbor_fills_the_gpu_and_are_processed_afterwards(tmp_path):
     large = encode(sample("person", (5000, 5000)), "JPEG")
     with running_server(tmp_path / "log", "--weights", "demo") as server:
         connection = server.connect("grpc")

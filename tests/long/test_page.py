@@ -64,7 +64,7 @@ def proxy(server: Server) -> Iterator[Proxy]:
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Opens the page of a proxy in a browser without a past, and checks at the end what it did there."""
+    """Opens the page of a proxy in a fresh browser, and checks for errors and foreign requests at the end."""
     contexts, complaints, foreign = [], [], []
 
     def open_page(proxy: Proxy, path: str = "/", **options: object) -> Page:
@@ -93,8 +93,8 @@ def message(page: Page):
 
 
 def wait_for_cut_out(page: Page) -> None:
-    """Return when the page shows the cut-out of what is set."""
-    expect(message(page)).to_have_text(re.compile("kept|Nothing is found"), timeout=20_000)
+    """Return when the page shows the cut-out for the current settings."""
+    expect(message(page)).to_have_text(re.compile("kept|Nothing found"), timeout=20_000)
 
 
 def percent_kept(page: Page) -> int:
@@ -113,14 +113,14 @@ def set_threshold(page: Page, value: float) -> None:
 
 
 def download(page: Page) -> tuple[str, bytes]:
-    """Return the name and the bytes of what the page offers to download."""
+    """Return the name and the bytes of the file that the page offers."""
     with page.expect_download() as waiting:
         page.get_by_role("link", name="Download PNG").click()
     return waiting.value.suggested_filename, Path(waiting.value.path()).read_bytes()
 
 
 def assert_cut_out(png: bytes, server: Server, photo: Path, classes: str = ",".join(ANYTHING), threshold=0.6) -> None:
-    """The file is what the server answers to a client that asks for the same."""
+    """The file is the server's response to a client with the same request."""
     parameters = {"class_name": classes, "threshold": threshold, "format": "png"}
     expected = server.connect("http").infer(photo.read_bytes(), ("encoded",), parameters)["encoded"].tobytes()
     (pixels, alpha, kind), (expected_pixels, expected_alpha, _) = map(decode_cut_out, (png, expected))
@@ -213,7 +213,7 @@ def test_moving_the_threshold_asks_again_once_it_rests(open_page, proxy, server)
     assert 1 <= len(requests) <= 5
     assert_cut_out(download(page)[1], server, PERSON, threshold=0.95)
     set_threshold(page, 1)
-    expect(message(page)).to_have_text("Nothing is found: lower the threshold, or choose other classes.")
+    expect(message(page)).to_have_text("Nothing found: lower the threshold, or choose other classes.")
 
 
 def test_chosen_classes_add_up(open_page, proxy, server):
@@ -223,7 +223,7 @@ def test_chosen_classes_add_up(open_page, proxy, server):
     expect(chip["anything"]).to_be_checked()
     chip["person"].press("Space")
     expect(chip["anything"]).not_to_be_checked()
-    expect(message(page)).to_have_text(re.compile("Nothing is found"))
+    expect(message(page)).to_have_text(re.compile("Nothing found"))
     chip["cat"].press("Space")
     assert percent_kept(page) > 20
     set_threshold(page, 0.3)
@@ -284,7 +284,7 @@ def server_says(server: Server, photo: bytes, **parameters: str) -> str:
     return str(error.value)
 
 
-def test_what_the_server_rejects_is_explained_in_its_words(open_page, proxy, server):
+def test_a_rejection_is_explained_in_the_servers_words(open_page, proxy, server):
     page = open_page(proxy)
     for name, photo in (
         ("note.jpg", b"hello"),
@@ -307,7 +307,7 @@ def test_files_that_cannot_be_sent_are_explained_before_they_are(open_page, prox
     with large.open("wb") as file:
         file.truncate(51_048_577)
     page.set_input_files("#files", large)
-    expect(message(page)).to_have_text(re.compile(r"large.bmp: it has 52 MB, and the server takes up to 51 MB: .*\."))
+    expect(message(page)).to_have_text(re.compile(r"large.bmp: it has 52 MB, but the server's limit is 51 MB: .*\."))
     drop(page, ("empty.jpg", b""))
     expect(message(page)).to_have_text("empty.jpg: it is empty.")
     assert requests == []
@@ -387,7 +387,7 @@ def test_while_the_server_is_busy_the_page_says_so_and_tries_again_by_itself(ope
             assert rejected.wait(30)
             page.set_input_files("#files", PERSON)
             expect(message(page)).to_have_text(
-                "orig.jpg: the server is busy. The page tries again by itself.", timeout=30_000
+                "orig.jpg: the server is busy. The page retries automatically.", timeout=30_000
             )
         finally:
             stopped.set()
@@ -402,7 +402,7 @@ def test_without_a_server_the_page_tries_for_a_minute_and_then_leaves_it_to_the_
         page.set_input_files("#files", PERSON)
         text = "orig.jpg: no server can be reached: send the photo again later."
         page.clock.run_for(1)
-        expect(message(page)).to_have_text(f"{text} The page tries again by itself.")
+        expect(message(page)).to_have_text(f"{text} The page retries automatically.")
 
         def has_given_up() -> bool:
             page.clock.run_for(4000)
@@ -427,7 +427,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(open_page, server):
         page = open_page(proxy, f"/?key={KEY}&Authorization=Bearer%20{KEY}#{KEY}")  # which means nothing
         page.set_input_files("#files", PERSON)
         dialog = page.get_by_role("dialog", name="API key")
-        expect(dialog).to_contain_text("This server asks for an API key.")
+        expect(dialog).to_contain_text("This server requires an API key.")
         page.keyboard.press("Escape")
         expect(message(page)).to_have_text("orig.jpg: the server needs an API key.")
         page.get_by_role("button", name="Try again").click()
@@ -436,7 +436,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(open_page, server):
             key.fill(mistyped)
             page.keyboard.press("Enter")
             assert key.evaluate("element => element.validationMessage")
-            expect(dialog).to_contain_text("This server asks for an API key.")
+            expect(dialog).to_contain_text("This server requires an API key.")
         key.fill("0" * 64)
         page.keyboard.press("Enter")
         expect(dialog).to_contain_text("The server does not accept this key.")
@@ -454,7 +454,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(open_page, server):
         assert json.loads(stored) == [{}, {}, "", [], [], None]
         page.reload()
         page.set_input_files("#files", PERSON)
-        expect(dialog).to_contain_text("This server asks for an API key.")
+        expect(dialog).to_contain_text("This server requires an API key.")
 
 
 def test_the_keyboard_is_enough_and_the_focus_is_visible(open_page, proxy):

@@ -35,20 +35,20 @@ class Clients:
             shapes.append(connection.infer(PHOTO)["inverted"].shape)  # raises if a photo is lost
         return shapes
 
-    def wait_for_answers_of(self, *servers: Server) -> None:
-        """Return when each of the servers has answered some more photos."""
+    def wait_for_responses_of(self, *servers: Server) -> None:
+        """Return when each of the servers has processed some more photos."""
         before = [server.metric("request_success") for server in servers]
 
-        def all_have_answered() -> bool:
+        def all_have_responded() -> bool:
             assert not any(client.done() for client in self.clients)
             return all(
                 server.metric("request_success") >= count + 10 for server, count in zip(servers, before, strict=True)
             )
 
-        wait_for(all_have_answered, timeout_s=60)
+        wait_for(all_have_responded, timeout_s=60)
 
     def stop(self) -> None:
-        """Check that all photos were answered."""
+        """Check that all photos succeeded."""
         self._stopped.set()
         for client in self.clients:
             assert set(client.result()) == {(1, 512, 512, 3)}
@@ -59,13 +59,13 @@ def test_no_photo_is_lost_while_one_of_two_servers_is_stopped(servers):
     with Proxy(servers) as proxy, ThreadPoolExecutor(4) as pool:
         clients = Clients(proxy, pool)
         try:
-            clients.wait_for_answers_of(a, b)
+            clients.wait_for_responses_of(a, b)
             proxy.drain(a)
-            answered = a.metric("request_success")
-            clients.wait_for_answers_of(b)
-            assert a.metric("request_success") == answered
+            processed = a.metric("request_success")
+            clients.wait_for_responses_of(b)
+            assert a.metric("request_success") == processed
             assert a.stop() == 0
-            clients.wait_for_answers_of(b)
+            clients.wait_for_responses_of(b)
         finally:
             clients.stop()
 
@@ -76,7 +76,7 @@ def test_a_server_that_cannot_be_reached_costs_no_photo(servers):
     with Proxy(servers) as proxy, ThreadPoolExecutor(4) as pool:
         clients = Clients(proxy, pool)
         try:
-            clients.wait_for_answers_of(b)
+            clients.wait_for_responses_of(b)
         finally:
             clients.stop()
 

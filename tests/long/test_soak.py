@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All kinds of load at once, for a while: every good photo is answered rightly, and nothing grows.
+"""All kinds of load at the same time, for a while: every good photo is processed correctly, and nothing grows.
 
 SOAK in the environment sets the seconds. The default of 120 shows little of growth; SOAK=1800 shows more.
 """
@@ -58,7 +58,7 @@ BAD = [
 
 
 def warm_up(url: str) -> None:
-    """Get the largest answers, in its own process, so that heaps fill up."""
+    """Get the largest responses, in its own process, so that heaps fill up."""
     connection = Connection(url)
     for outputs, parameters in WANTED:
         together.wait(60)  # if all clients want the same at the same time, it takes the most memory
@@ -72,7 +72,7 @@ def set_together(barrier: Barrier) -> None:
 
 
 def send(http_port: int, url: str, expected: list[dict], seed: int, seconds: float) -> Counter:
-    """Send photos for some seconds, in its own process, and count what came of them."""
+    """Send photos for some seconds, in its own process, and count the outcomes."""
     dice, end, outcomes = random.Random(seed), time.monotonic() + seconds, Counter()
     connection = Connection(url)
     while time.monotonic() < end:
@@ -81,19 +81,19 @@ def send(http_port: int, url: str, expected: list[dict], seed: int, seconds: flo
             index = dice.randrange(len(GOOD))
             outputs, parameters = dice.choice(WANTED)
             try:
-                answer = connection.infer(GOOD[index], outputs, parameters | {"class_name": "person,cat"})
+                response = connection.infer(GOOD[index], outputs, parameters | {"class_name": "person,cat"})
             except InferenceError as error:
                 outcomes[f"good, FAILED: {error}"] += 1
                 continue
             what = parameters.get("format", " and ".join(outputs))
-            outcomes[f"good, answered: {what}" if is_right(answer, expected[index]) else f"good, WRONG: {what}"] += 1
+            outcomes[f"good, processed: {what}" if is_right(response, expected[index]) else f"good, WRONG: {what}"] += 1
         elif kind == "bad":
             encoded, parameters, sentence = dice.choice(BAD)
             try:
                 connection.infer(encoded, (), parameters)
-                outcomes["bad, ANSWERED"] += 1
+                outcomes["bad, ACCEPTED"] += 1
             except InferenceError as error:
-                outcomes["bad, refused" if sentence in str(error) else f"bad, REFUSED OTHERWISE: {error}"] += 1
+                outcomes["bad, rejected" if sentence in str(error) else f"bad, REJECTED OTHERWISE: {error}"] += 1
         elif kind == "half a request":
             with socket.create_connection(("127.0.0.1", http_port)) as half:
                 half.sendall(http_request(GOOD[0])[:9999])
@@ -101,29 +101,32 @@ def send(http_port: int, url: str, expected: list[dict], seed: int, seconds: flo
         else:
             try:
                 connection.infer(GOOD[0], timeout_us=1)
-                outcomes["impatient, answered"] += 1  # nobody was waiting
+                outcomes["impatient, processed"] += 1  # nobody was waiting
             except InferenceError as error:
                 expired = "timeout expired" in str(error)
                 outcomes["impatient, given up" if expired else f"impatient, FAILED: {error}"] += 1
     return outcomes
 
 
-def is_right(answer: dict, expected: dict) -> bool:
-    """Return whether an answer is that of a request alone, but for a few pixels: in another batch, the network rounds
+def is_right(response: dict, expected: dict) -> bool:
+    """Return whether a response is that of a single request, but for a few pixels: in another batch, the network rounds
     differently. JPEG and WebP change colors a little.
     """
-    if "encoded" not in answer:
-        return all(is_similar(array[0], expected[name][0]) for name, array in answer.items())
-    cut_out, alpha, kind = decode_cut_out(answer["encoded"][0].tobytes())
+    if "encoded" not in response:
+        return all(is_similar(array[0], expected[name][0]) for name, array in response.items())
+    cut_out, alpha, kind = decode_cut_out(response["encoded"][0].tobytes())
     segmented = expected["segmented"][0]
     if cut_out.shape != segmented.shape or (kind != "JPEG" and not is_similar(alpha, expected["mask"][0])):
         return False
     return is_similar(cut_out, segmented) if kind == "PNG" else psnr(cut_out, segmented) > 28
 
 
-def is_similar(answer: np.ndarray, expected: np.ndarray) -> bool:
+def is_similar(response: np.ndarray, expected: np.ndarray) -> bool:
     """Return whether all but a few pixels are the same."""
-    return answer.shape == expected.shape and (answer != expected).reshape(*answer.shape[:2], -1).any(2).mean() < 0.003
+    return (
+        response.shape == expected.shape
+        and (response != expected).reshape(*response.shape[:2], -1).any(2).mean() < 0.003
+    )
 
 
 def state(server: Server) -> dict[str, object]:
@@ -137,7 +140,7 @@ def state(server: Server) -> dict[str, object]:
         return counts[-1] == counts[-2]
 
     wait_for(is_steady)
-    # Of the GPU that the server uses. nvidia-smi would count those that CUDA_VISIBLE_DEVICES hides, too.
+    # Of the GPU that the server uses. nvidia-smi would also count those that CUDA_VISIBLE_DEVICES hides.
     free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
     memory = server.memory()
     return {
@@ -152,7 +155,7 @@ def state(server: Server) -> dict[str, object]:
 
 
 @pytest.mark.timeout(200 + 2 * SECONDS)
-def test_under_load_every_good_photo_is_answered_rightly_and_nothing_grows(tmp_path):
+def test_under_load_every_good_photo_is_processed_correctly_and_nothing_grows(tmp_path):
     outcomes, states, failed = Counter(), [], []
     with (
         running_server(tmp_path / "log", "--weights", "demo", "--max-queue", 100, *OPTIONS) as server,
@@ -161,7 +164,7 @@ def test_under_load_every_good_photo_is_answered_rightly_and_nothing_grows(tmp_p
         connection = server.connect("grpc")
         outputs = ("original", "segmented", "mask")
         expected = [connection.infer(photo, outputs, {"class_name": "person,cat"}) for photo in GOOD]
-        assert all(0.01 < (answer["mask"] > 0).mean() < 0.99 for answer in expected)
+        assert all(0.01 < (response["mask"] > 0).mean() < 0.99 for response in expected)
         urls = [server.connect(protocol).url for protocol in PROTOCOLS]
         list(pool.map(warm_up, [urls[client % 2] for client in range(CLIENTS)]))
         for number in range(ROUNDS):
@@ -176,8 +179,8 @@ def test_under_load_every_good_photo_is_answered_rightly_and_nothing_grows(tmp_p
             print(states[-1], flush=True)  # pytest -rP shows it
         print(dict(outcomes))
         assert not [outcome for outcome in outcomes if not outcome.islower()]
-        assert len([outcome for outcome in outcomes if outcome.startswith("good, answered")]) == len(WANTED)
-        assert outcomes["bad, refused"] > 0
+        assert len([outcome for outcome in outcomes if outcome.startswith("good, processed")]) == len(WANTED)
+        assert outcomes["bad, rejected"] > 0
         # Heaps go on filling up for a while, so everything is compared from the half on. tritonserver keeps 1.4 KB and
         # more of each failed request.
         half, end = states[ROUNDS // 2 - 1], states[-1]

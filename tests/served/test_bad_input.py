@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client does wrong costs it one error that says so, and costs nobody else anything."""
+"""A bad request gets one error that says what is wrong, and does not affect other clients."""
 
 import random
 import struct
@@ -25,7 +25,7 @@ def with_size(jpeg: bytes, width: int, height: int) -> bytes:
     return jpeg[:position] + struct.pack(">HH", height, width) + jpeg[position + 4 :]
 
 
-# As a phone writes it: the preview at the front has an end marker of its own.
+# As a phone writes it: the preview at the front has its own end marker.
 MPO = encode(PICTURE, "MPO", save_all=True, append_images=[PICTURE.resize((99, 99))])
 WITH_PREVIEW = with_segments(MPO, 0xE1, [b"Exif\0\0" + encode(PICTURE.resize((99, 99)), "JPEG")])
 
@@ -71,8 +71,8 @@ BAD_PHOTOS = {
 }
 
 
-def refusal(connection: Connection, encoded: bytes, **parameters: object) -> str:
-    """Return the sentence with which the server refuses a request."""
+def rejection(connection: Connection, encoded: bytes, **parameters: object) -> str:
+    """Return the sentence with which the server rejects a request."""
     with pytest.raises(InferenceError) as error:
         connection.infer(encoded, parameters=parameters)
     assert str(ROOT) not in str(error.value.__cause__)  # nothing about where our files are
@@ -85,7 +85,7 @@ def assert_it_serves(connection: Connection) -> None:
 
 
 @pytest.mark.parametrize("kind", BAD_PHOTOS)
-def test_a_bad_photo_is_refused_with_what_is_wrong(connection, kind):
+def test_a_bad_photo_is_rejected_with_what_is_wrong(connection, kind):
     encoded, expected = BAD_PHOTOS[kind]
     with pytest.raises(InferenceError, match=f"^the photo.*{expected}") as error:
         connection.infer(encoded)
@@ -110,27 +110,27 @@ LARGE_BUT_GOOD = {
 
 
 @pytest.mark.parametrize("kind", LARGE_BUT_GOOD)
-def test_photos_with_large_headers_and_long_photos_are_answered(http_connection, kind):
+def test_photos_with_large_headers_and_long_photos_are_processed(http_connection, kind):
     expected = decode(PNG if "unpacks" in kind else LARGE_BUT_GOOD[kind])  # Pillow gives up on text of that size
-    answer = http_connection.infer(LARGE_BUT_GOOD[kind])
-    assert psnr(answer["original"][0], expected) > 30
-    assert answer["segmented"].shape == (1, *expected.shape)
+    response = http_connection.infer(LARGE_BUT_GOOD[kind])
+    assert psnr(response["original"][0], expected) > 30
+    assert response["segmented"].shape == (1, *expected.shape)
 
 
-def test_a_jpeg_of_20_scans_is_answered(http_connection):
+def test_a_jpeg_of_20_scans_is_processed(http_connection):
     encoded = blocks_jpeg((40, 40), [(1, 1)] * 3, random.Random(0), progressive=True, bands=6)
     assert encoded.count(b"\xff\xda") == 20
     assert psnr(http_connection.infer(encoded, ("original",))["original"][0], decode(encoded)) > 40
 
 
-def test_an_empty_body_is_refused(connection):
-    assert refusal(connection, b"") == "the input image is empty"
+def test_an_empty_body_is_rejected(connection):
+    assert rejection(connection, b"") == "the input image is empty"
     assert_it_serves(connection)
 
 
 @pytest.mark.parametrize("class_name", ["unicorn", "", "Person", 15, "cat,unicorn"])
-def test_an_unknown_class_is_answered_with_the_names_of_all_classes(connection, class_name):
-    sentence = refusal(connection, PHOTO, class_name=class_name)
+def test_an_unknown_class_is_rejected_with_the_names_of_all_classes(connection, class_name):
+    sentence = rejection(connection, PHOTO, class_name=class_name)
     valid, _, wrong = sentence.partition(", or several separated by commas, not ")
     names = valid.removeprefix("class_name must be one of ").split(", ")
     assert wrong == repr(class_name)
@@ -140,9 +140,9 @@ def test_an_unknown_class_is_answered_with_the_names_of_all_classes(connection, 
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, 2, "high", True, ""])
-def test_a_bad_threshold_is_answered_with_the_valid_range(connection, threshold):
+def test_a_bad_threshold_is_rejected_with_the_valid_range(connection, threshold):
     expected = f"threshold must be a number between 0 and 1, not {threshold!r}"
-    assert refusal(connection, PHOTO, threshold=threshold) == expected
+    assert rejection(connection, PHOTO, threshold=threshold) == expected
     assert_it_serves(connection)
 
 
@@ -161,12 +161,12 @@ def test_a_bad_threshold_is_answered_with_the_valid_range(connection, threshold)
         ),
     ],
 )
-def test_a_bad_parameter_of_the_file_is_answered_with_what_is_valid(connection, parameters, expected):
-    assert refusal(connection, PHOTO, **parameters) == expected
+def test_a_bad_parameter_of_the_file_is_rejected_with_what_is_valid(connection, parameters, expected):
+    assert rejection(connection, PHOTO, **parameters) == expected
     assert_it_serves(connection)
 
 
-def test_a_parameter_of_the_file_without_the_file_is_refused(connection):
+def test_a_parameter_of_the_file_without_the_file_is_rejected(connection):
     with pytest.raises(
         InferenceError, match=r"^format is for the output encoded: request that output, or omit format$"
     ):
@@ -174,9 +174,9 @@ def test_a_parameter_of_the_file_without_the_file_is_refused(connection):
     assert_it_serves(connection)
 
 
-def test_an_unknown_parameter_is_answered_with_the_names_of_all(connection):
+def test_an_unknown_parameter_is_rejected_with_the_names_of_all(connection):
     expected = "unknown parameter 'treshold', not one of class_name, threshold, format, quality, content, edge"
-    assert refusal(connection, PHOTO, treshold=0.9, threshold=0.5) == expected
+    assert rejection(connection, PHOTO, treshold=0.9, threshold=0.5) == expected
     assert_it_serves(connection)
 
 
@@ -197,9 +197,9 @@ def test_a_request_of_the_wrong_form_is_an_error(server, http_connection, body):
     assert_it_serves(http_connection)
 
 
-def test_the_log_has_one_line_for_each_refused_request(server, http_connection):
+def test_the_log_has_one_line_for_each_rejected_request(server, http_connection):
     before = len(server.log.read_text().splitlines())
-    refusal(http_connection, PHOTO, class_name="unicorn")
-    refusal(http_connection, PHOTO[:50_000])
+    rejection(http_connection, PHOTO, class_name="unicorn")
+    rejection(http_connection, PHOTO[:50_000])
     lines = server.log.read_text().splitlines()[before:]
     assert len([line for line in lines if "WARNING server: a request failed: " in line]) == len(lines) == 2

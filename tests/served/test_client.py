@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""client.py: what it sends, writes and reports, and with which status it exits."""
+"""client.py: its requests, its files, its report and its exit status."""
 
 import http.server
 import itertools
@@ -35,7 +35,7 @@ def image(path: Path) -> np.ndarray:
 
 
 def kept(done: Done) -> int:
-    """Return what the report says about one photo, in percent."""
+    """Return the share in the report on one photo, in percent."""
     return int(done.out.split("pixels, ")[1].split("% kept")[0])
 
 
@@ -130,7 +130,7 @@ def test_a_url_without_a_scheme_means_http(run_client, server):
     assert run_client("--url", f"127.0.0.1:{server.http_port}").status == 0
 
 
-def test_a_bad_photo_is_named_and_the_others_are_answered(run_client, url, tmp_path):
+def test_a_bad_photo_is_named_and_the_others_are_processed(run_client, url, tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "cut off.jpg").write_bytes(PERSON.read_bytes()[:50_000])
     (tmp_path / "note.txt").write_text("no photo")
@@ -152,13 +152,13 @@ def test_a_bad_photo_is_named_and_the_others_are_answered(run_client, url, tmp_p
         ("--threshold", "7", "threshold must be a number between 0 and 1, not 7.0"),
     ],
 )
-def test_what_the_server_refuses_is_reported(run_client, url, option, value, expected):
+def test_a_rejection_is_reported(run_client, url, option, value, expected):
     done = run_client("--url", url, option, value)
     assert done.status == 1
     assert f"orig.jpg: {expected}" in done.err
 
 
-def test_a_large_photo_is_answered(run_client, server, tmp_path):
+def test_a_large_photo_is_processed(run_client, server, tmp_path):
     (tmp_path / "large.jpg").write_bytes(encode(sample("person", (4000, 3000)), "JPEG"))
     done = run_client("--url", server.grpc_url, "--image-paths", "large.jpg")
     assert done.status == 0, done.err
@@ -193,7 +193,7 @@ class OtherServer(http.server.BaseHTTPRequestHandler):
 
 
 class SlowServer(http.server.BaseHTTPRequestHandler):
-    """Says that the model is ready, and then does not answer."""
+    """Says that the model is ready, and then does not respond."""
 
     requests = threading.Semaphore(0)
 
@@ -238,7 +238,7 @@ def test_it_waits_until_the_server_listens_and_the_model_is_ready(caplog):
         url = f"http://127.0.0.1:{late.server_port}"
 
         def listen() -> None:
-            wait_for(lambda: caplog.messages)  # after the first refusal
+            wait_for(lambda: caplog.messages)  # after the first rejection
             late.server_activate()
             for _ in range(3):
                 late.handle_request()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The served model gives the right answer to everything that the contract allows, over HTTP and gRPC."""
+"""The served model responds correctly to everything that the contract allows, over HTTP and gRPC."""
 
 import functools
 import io
@@ -25,21 +25,21 @@ OTHER_CLASS = {"person": "cat", "cat": "person"}
 
 
 def reference_mask(class_name: str) -> Image.Image:
-    """Return what belongs to the class in its sample photo, 255 or 0 in each pixel."""
+    """Return the mask of the class in its sample photo, 255 or 0 in each pixel."""
     return Image.open(SAMPLES[class_name][1]).point(lambda value: 255 * (value > 0))
 
 
-def kept(answer: dict) -> np.ndarray:
-    """Return what was cut out as a boolean mask. A pixel is either unchanged or black."""
-    original, segmented = answer["original"][0], answer["segmented"][0]
+def kept(response: dict) -> np.ndarray:
+    """Return the pixels of the cut-out as a boolean mask. A pixel is either unchanged or black."""
+    original, segmented = response["original"][0], response["segmented"][0]
     mask = segmented.any(axis=2)
     np.testing.assert_array_equal(segmented, original * mask[..., None])
     return mask
 
 
-def agreement(answer: dict, mask: np.ndarray) -> float:
+def agreement(response: dict, mask: np.ndarray) -> float:
     """Return the intersection over union of the cut-out and a mask. Where the photo is black, nobody can tell."""
-    return iou(kept(answer), mask & answer["original"][0].any(axis=2))
+    return iou(kept(response), mask & response["original"][0].any(axis=2))
 
 
 @functools.cache
@@ -83,15 +83,15 @@ def test_the_metadata_states_the_contract(connection):
 
 
 @pytest.mark.parametrize("class_name", SAMPLES)
-def test_the_answer_is_the_photo_and_the_class_cut_out_of_it(connection, class_name):
+def test_the_response_is_the_photo_and_the_pixels_of_the_class(connection, class_name):
     encoded = SAMPLES[class_name][0].read_bytes()
-    answer = connection.infer(encoded, parameters={"class_name": class_name})
-    assert answer["original"].dtype == answer["segmented"].dtype == np.uint8
-    assert answer["original"].shape == answer["segmented"].shape == (1, *decode(encoded).shape)
-    assert psnr(answer["original"][0], decode(encoded)) > 40
+    response = connection.infer(encoded, parameters={"class_name": class_name})
+    assert response["original"].dtype == response["segmented"].dtype == np.uint8
+    assert response["original"].shape == response["segmented"].shape == (1, *decode(encoded).shape)
+    assert psnr(response["original"][0], decode(encoded)) > 40
     mask = np.asarray(reference_mask(class_name)) > 0
-    assert agreement(answer, mask) >= {"person": 0.90, "cat": 0.95}[class_name]
-    assert agreement(answer, plain_pipeline(encoded, class_name)) > 0.98
+    assert agreement(response, mask) >= {"person": 0.90, "cat": 0.95}[class_name]
+    assert agreement(response, plain_pipeline(encoded, class_name)) > 0.98
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_the_class_is_found_in_photos_of_other_sizes_and_mirrored(http_connectio
         size = tuple(int(number) for number in variant.split("x"))
         photo, mask = photo.resize(size), mask.resize(size, Image.Resampling.NEAREST)
     encoded = encode(photo, "JPEG", quality=90)
-    answer = http_connection.infer(encoded, parameters={"class_name": class_name})
-    assert agreement(answer, np.asarray(mask) > 0) >= 0.85
+    response = http_connection.infer(encoded, parameters={"class_name": class_name})
+    assert agreement(response, np.asarray(mask) > 0) >= 0.85
     # Lower than for the samples themselves: the demonstration weights are sure of two photos, not of their copies.
-    assert agreement(answer, plain_pipeline(encoded, class_name)) > 0.95
+    assert agreement(response, plain_pipeline(encoded, class_name)) > 0.95
 
 
 @pytest.mark.parametrize("class_name", SAMPLES)
@@ -136,33 +136,33 @@ def test_a_higher_threshold_keeps_less(http_connection):
 
 @pytest.mark.parametrize("outputs", [("original",), ("segmented",), ("mask", "encoded"), ("labels", "probability"), ()])
 def test_a_request_gets_the_outputs_that_it_names(connection, outputs):
-    answer = connection.infer(SAMPLES["cat"][0].read_bytes(), outputs)
-    assert set(answer) == set(outputs or ("original", "segmented"))
+    response = connection.infer(SAMPLES["cat"][0].read_bytes(), outputs)
+    assert set(response) == set(outputs or ("original", "segmented"))
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
 def test_the_mask_and_the_image_file_agree_with_the_raw_pixels(connection, kind):
     outputs, parameters = ("original", "segmented", "mask", "encoded"), {"class_name": "cat", "format": kind}
-    answer = connection.infer(SAMPLES["cat"][0].read_bytes(), outputs, parameters)
-    mask = answer["mask"][0]
-    np.testing.assert_array_equal(answer["segmented"][0], answer["original"][0] * (mask > 0)[..., None])
+    response = connection.infer(SAMPLES["cat"][0].read_bytes(), outputs, parameters)
+    mask = response["mask"][0]
+    np.testing.assert_array_equal(response["segmented"][0], response["original"][0] * (mask > 0)[..., None])
     assert set(np.unique(mask)) == {0, 255}
-    file = Image.open(io.BytesIO(answer["encoded"][0].tobytes()))
+    file = Image.open(io.BytesIO(response["encoded"][0].tobytes()))
     assert file.format == kind.upper()
     if kind == "jpeg":
-        assert psnr(np.asarray(file), answer["segmented"][0]) > 35
+        assert psnr(np.asarray(file), response["segmented"][0]) > 35
         return
     pixels = np.asarray(file)
     np.testing.assert_array_equal(pixels[..., 3], mask)
-    original, found = answer["original"][0][mask > 0], pixels[mask > 0][:, :3]
+    original, found = response["original"][0][mask > 0], pixels[mask > 0][:, :3]
     assert psnr(found, original) > (30 if kind == "webp" else 1000)  # a PNG loses nothing
 
 
 def test_the_probability_and_the_labels_agree_with_torchvision(connection):
     encoded = SAMPLES["cat"][0].read_bytes()
     expected = plain_probabilities(encoded)
-    answer = connection.infer(encoded, ("probability", "labels"), {"class_name": "cat,dog"})
-    probability, labels = answer["probability"][0], answer["labels"][0]
+    response = connection.infer(encoded, ("probability", "labels"), {"class_name": "cat,dog"})
+    probability, labels = response["probability"][0], response["labels"][0]
     assert probability.dtype == labels.dtype == np.uint8
     assert probability.shape == labels.shape == (300, 451)
     error = np.abs(probability - 255 * expected[[8, 12]].sum(dim=0).numpy())
@@ -176,26 +176,26 @@ def test_the_probability_and_the_labels_agree_with_torchvision(connection):
 @pytest.mark.parametrize("kind", ["png", "webp"])
 def test_a_soft_edge_is_alpha_by_the_documented_formula(http_connection, kind):
     outputs, parameters = ("original", "mask", "probability", "encoded"), {"class_name": "cat", "format": kind}
-    answer = http_connection.infer(
+    response = http_connection.infer(
         SAMPLES["cat"][0].read_bytes(), outputs, parameters | {"threshold": 0.5, "edge": 0.8}
     )
-    answer = {name: array[0] for name, array in answer.items()}
-    pixels = np.asarray(Image.open(io.BytesIO(answer["encoded"].tobytes())))
+    response = {name: array[0] for name, array in response.items()}
+    pixels = np.asarray(Image.open(io.BytesIO(response["encoded"].tobytes())))
     alpha = pixels[..., 3]
-    expected = 255 * ((answer["probability"] / 255 - 0.1) / 0.8).clip(0, 1)
+    expected = 255 * ((response["probability"] / 255 - 0.1) / 0.8).clip(0, 1)
     assert np.abs(alpha - expected).max() < 1.5  # probability and alpha are both rounded
     assert ((alpha > 0) & (alpha < 255)).mean() > 0.01
-    assert (answer["mask"] == 255 * (alpha > 127)).mean() > 0.999  # the other outputs keep their hard edge
+    assert (response["mask"] == 255 * (alpha > 127)).mean() > 0.999  # the other outputs keep their hard edge
     seen = alpha > 0
-    assert psnr(pixels[seen][:, :3], answer["original"][seen]) > (30 if kind == "webp" else 1000)
+    assert psnr(pixels[seen][:, :3], response["original"][seen]) > (30 if kind == "webp" else 1000)
     assert kind == "webp" or not pixels[~seen].any()
 
 
 def test_a_palette_png_has_the_labels_and_the_indices_are_documented(http_connection):
-    answer = http_connection.infer(SAMPLES["person"][0].read_bytes(), ("labels", "encoded"), {"content": "labels"})
-    image = Image.open(io.BytesIO(answer["encoded"][0].tobytes()))
+    response = http_connection.infer(SAMPLES["person"][0].read_bytes(), ("labels", "encoded"), {"content": "labels"})
+    image = Image.open(io.BytesIO(response["encoded"][0].tobytes()))
     assert (image.format, image.mode) == ("PNG", "P")
-    np.testing.assert_array_equal(np.asarray(image), answer["labels"][0])
+    np.testing.assert_array_equal(np.asarray(image), response["labels"][0])
     documented = re.findall(r"(\d+) `(\w+)`", (ROOT / "docs" / "protocol.md").read_text())
     assert {int(index): name for index, name in documented} == dict(enumerate(CLASS_NAMES))
 
@@ -217,7 +217,7 @@ KINDS = {
     "CMYK JPEG": encode(PICTURE.convert("CMYK"), "JPEG"),
     "progressive JPEG": encode(PICTURE, "JPEG", progressive=True),
     "JPEG with a second picture": encode(PICTURE, "MPO", save_all=True, append_images=[PICTURE.resize((50, 50))]),
-    "JPEG with a film behind it": encode(PICTURE, "JPEG") + b"\xff\xda and then something else" * 100,
+    "JPEG with a film after it": encode(PICTURE, "JPEG") + b"\xff\xda and then something else" * 100,
     "PNG": encode(PICTURE, "PNG"),
     "16-bit PNG": encode(Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) * 257), "PNG"),
     "palette PNG": encode(PICTURE.quantize(64), "PNG"),
@@ -241,9 +241,9 @@ def test_each_kind_of_photo_is_decoded_as_pillow_decodes_it(connection, kind):
 
 @pytest.mark.parametrize("kind", ["1-bit PNG", "1 x 1", "1 x 4000", "4000 x 1"])
 def test_photos_of_odd_sizes_are_cut_out(http_connection, kind):
-    answer = http_connection.infer(KINDS[kind], parameters={"threshold": 0})
-    assert answer["segmented"].shape == answer["original"].shape
-    kept(answer)
+    response = http_connection.infer(KINDS[kind], parameters={"threshold": 0})
+    assert response["segmented"].shape == response["original"].shape
+    kept(response)
 
 
 def oriented(image: Image.Image, orientation: int, kind: str = "JPEG", **options: object) -> bytes:
@@ -268,7 +268,7 @@ def test_a_person_is_found_in_a_photo_that_lies_on_its_side(http_connection):
     assert agreement(http_connection.infer(encoded), np.asarray(reference_mask("person")) > 0) >= 0.90
 
 
-def test_many_requests_at_once_get_their_own_answers(server):
+def test_many_requests_at_the_same_time_get_their_own_responses(server):
     tasks = [
         (class_name, (200 + 31 * index, 150 + 17 * index), server.connect("http" if index % 2 else "grpc"))
         for index in range(4)
@@ -281,13 +281,13 @@ def test_many_requests_at_once_get_their_own_answers(server):
         return decode(encoded), connection.infer(encoded, parameters={"class_name": class_name})
 
     with ThreadPoolExecutor(8) as pool:
-        for (class_name, size, _), (expected, answer) in zip(tasks, pool.map(ask, tasks), strict=True):
-            np.testing.assert_array_equal(answer["original"][0], expected, err_msg=f"{class_name} {size}")
-            assert kept(answer).mean() > 0.3
+        for (class_name, size, _), (expected, response) in zip(tasks, pool.map(ask, tasks), strict=True):
+            np.testing.assert_array_equal(response["original"][0], expected, err_msg=f"{class_name} {size}")
+            assert kept(response).mean() > 0.3
 
 
 @NEEDS_GPU
-def test_answers_from_a_gpu_match_those_from_a_cpu(server, tmp_path):
+def test_responses_from_a_gpu_match_those_from_a_cpu(server, tmp_path):
     assert torch.cuda.get_device_name() in server.log.read_text()
     with running_server(tmp_path / "log", "--weights", "demo", "--device", "cpu") as on_cpu:
         for class_name, (path, _) in SAMPLES.items():

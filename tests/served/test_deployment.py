@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics count what the documentation says, and the autoscaler follows one of them."""
+"""The metrics count as documented, and the autoscaler follows one of them."""
 
 import pytest
 import yaml

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples of README and docs do what the text around them says."""
+"""The examples of README and docs work as the text around them says."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def test_the_python_clients_get_the_person(server, page, after, tmp_path, monkey
 
 
 def run(command: str, folder: Path) -> str:
-    """Run a command of the documentation, and return what it prints."""
+    """Run a command of the documentation, and return its output."""
     (folder / "images").symlink_to(ROOT / "images")
     return subprocess.run(["bash", "-euc", command], cwd=folder, capture_output=True, text=True, check=True).stdout
 
@@ -50,10 +50,10 @@ def run(command: str, folder: Path) -> str:
 def test_the_shortest_curl_command_gets_both_raw_outputs_behind_a_line_of_json(server, tmp_path):
     head = run(example("docs/protocol.md", "With all defaults:", server), tmp_path)
     length = int(re.search(r"(?i)inference-header-content-length: (\d+)", head)[1])
-    answer = (tmp_path / "response.bin").read_bytes()
-    names = [output["name"] for output in json.loads(answer[:length])["outputs"]]
+    response = (tmp_path / "response.bin").read_bytes()
+    names = [output["name"] for output in json.loads(response[:length])["outputs"]]
     assert set(names) == {"original", "segmented"}
-    outputs = dict(zip(names, np.frombuffer(answer[length:], np.uint8).reshape(2, 512, 512, 3), strict=True))
+    outputs = dict(zip(names, np.frombuffer(response[length:], np.uint8).reshape(2, 512, 512, 3), strict=True))
     assert 0.3 < outputs["segmented"].any(axis=2).mean() < 0.6
     assert psnr(outputs["original"], decode(PHOTO)) > 40
 

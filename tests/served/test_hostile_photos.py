@@ -29,7 +29,7 @@ def test_each_hostile_photo_gets_its_own_pixels_or_one_sentence(server):
         outcomes = Counter(chain.from_iterable(pool.map(send_hostile_photos, [server] * CLIENTS, shares)))
     assert outcomes.total() == COUNT
     assert not [outcome for outcome in outcomes if outcome.startswith("NOT")]
-    assert {f"{file_format} answered: original" for file_format in FORMATS} < set(outcomes)
+    assert {f"{file_format} processed: original" for file_format in FORMATS} < set(outcomes)
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
@@ -44,11 +44,11 @@ def test_a_jpeg_that_ends_early_contains_nothing_of_other_photos(http_connection
     for _ in range(20):
         canaries.send(http_connection, 320, 240, "JPEG")
         try:
-            answer = http_connection.infer(whole[:end] + b"\xff\xd9", ("original",))
+            response = http_connection.infer(whole[:end] + b"\xff\xd9", ("original",))
         except InferenceError:
             continue
-        assert answer["original"].shape == (1, 240, 320, 3)
-        assert not canaries.are_in(answer["original"])
+        assert response["original"].shape == (1, 240, 320, 3)
+        assert not canaries.are_in(response["original"])
 
 
 ESCAPES = b"a\n2026-11-26 20:00:00,000 CRITICAL server: forged\x1b[2J\rforged"
@@ -69,14 +69,14 @@ def test_a_photo_does_not_write_lines_into_the_log(server, http_connection, kind
         lines = server.log.read_bytes()[before:].decode().splitlines()
         assert lines == []
     except InferenceError:
-        printed, refused = server.log.read_bytes()[before:].decode().splitlines()
+        printed, rejected = server.log.read_bytes()[before:].decode().splitlines()
         assert re.search(r'WARNING server: a library printed "[ -~]+" while it processed image of ', printed)
         assert printed.endswith(f"{len(photo)} bytes with SHA-256 {hashlib.sha256(photo).hexdigest()}")
-        assert "WARNING server: a request failed: the photo cannot be decoded" in refused
+        assert "WARNING server: a request failed: the photo cannot be decoded" in rejected
         assert kind == "damaged PNG"
 
 
-# One row of one pixel, and zeros behind it, compressed a part at a time.
+# One row of one pixel, and zeros after it, compressed a part at a time.
 stream = zlib.compressobj()
 BOMB = stream.compress(b"\0abc") + stream.flush(zlib.Z_FULL_FLUSH)
 BOMB += 128 * (stream.compress(bytes(1 << 24)) + stream.flush(zlib.Z_FULL_FLUSH))
@@ -113,7 +113,7 @@ def test_a_photo_that_takes_long_to_read_does_not_hold_up_another(server, kind):
     assert max(waited) < usual + 0.5
 
 
-def test_clients_that_are_rejected_again_and_again_do_not_keep_others_from_being_answered(server):
+def test_clients_that_are_rejected_again_and_again_do_not_keep_others_from_being_processed(server):
     rejected, over = with_segments(JPEG, 0xFE, [b""] * 20_001), threading.Event()
 
     def send() -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""server.py as a whole: what it falls back to, a batch with a bad photo, several GPUs and a lost one."""
+"""server.py as a whole: its fallbacks, a batch with a bad photo, several GPUs and a lost one."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,15 +29,15 @@ CAT = SAMPLES["cat"][0].read_bytes()
 
 
 def test_without_pretrained_weights_the_server_falls_back_loudly_to_the_demonstration(server):
-    # Triton answers before the server says that it is ready.
+    # Triton responds before the server says that it is ready.
     wait_for(lambda: "ready: model" in server.log.read_text())
     lines = [line for line in server.log.read_text().splitlines() if "a request failed" not in line]
     ready = next(index for index, line in enumerate(lines) if "ready: model" in line)
     assert "WARNING" in lines[ready - 1]
     assert "DEMONSTRATION WEIGHTS" in lines[ready - 1]
     assert pretrained_weights(NETWORK).url in lines[ready - 1]
-    # While it starts, it says what it does; once it is ready, it says where.
-    for expected in ("device: ", "weights: demonstration weights", "precision: ", "requests per batch: "):
+    # During the start, it logs its steps; once it is ready, it logs its addresses.
+    for expected in ("device: ", "weights: demonstration weights", "precision: ", "maximum batch size: "):
         assert any(expected in line for line in lines[: ready - 1])
     for url in (server.http_url, server.grpc_url, f"http://127.0.0.1:{server.metrics_port}/metrics"):
         assert url in lines[ready]
@@ -57,14 +57,14 @@ def test_a_bad_photo_costs_the_others_in_its_batch_nothing(server):
     png, connection = encode(sample("cat"), "PNG"), server.connect("grpc")
     bad = with_wrong_checksum(png)
     with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(connection.infer, photo, (), {"class_name": "cat"}) for photo in (CAT, bad) * 3]
-        for good, refused in zip(answers[::2], answers[1::2], strict=True):
+        responses = [pool.submit(connection.infer, photo, (), {"class_name": "cat"}) for photo in (CAT, bad) * 3]
+        for good, rejected in zip(responses[::2], responses[1::2], strict=True):
             with pytest.raises(InferenceError, match="the photo cannot be decoded"):
-                refused.result()
+                rejected.result()
             assert good.result()["segmented"].any(axis=3).mean() > 0.3
 
 
-def assert_both_workers_answer(server: Server) -> None:
+def assert_both_workers_respond(server: Server) -> None:
     connection = server.connect("grpc")
 
     def busy() -> list[float]:
@@ -76,9 +76,9 @@ def assert_both_workers_answer(server: Server) -> None:
 
         def both_have_worked() -> bool:
             # CPU time is counted in ticks of 10 ms, and a photo on a GPU takes less than one.
-            for answer in pool.map(connection.infer, [PHOTO] * 4):
-                assert psnr(answer["original"][0], decode(PHOTO)) > 40
-                assert answer["segmented"].any(axis=3).mean() > 0.3
+            for response in pool.map(connection.infer, [PHOTO] * 4):
+                assert psnr(response["original"][0], decode(PHOTO)) > 40
+                assert response["segmented"].any(axis=3).mean() > 0.3
             return all(late > early for early, late in zip(before, busy(), strict=True))
 
         wait_for(both_have_worked)
@@ -91,7 +91,7 @@ def test_each_gpu_has_a_worker(tmp_path):
     with running_server(tmp_path / "log", "--weights", "demo", "--instances", 1, "--device", devices) as server:
         assert server.log.read_text().count(f"device: {torch.cuda.get_device_name()}") == max(2, count)
         assert ("GPUs share one Triton" in server.log.read_text()) == (count > 2)
-        assert_both_workers_answer(server)
+        assert_both_workers_respond(server)
         assert server.stop() == 0
         assert server.left_behind() == []
 

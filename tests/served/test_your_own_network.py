@@ -75,7 +75,7 @@ def found(segmenter) -> tuple[str, float, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory, classifier, segmenter, found) -> Iterator[Mapping[str, Server]]:
-    """The servers of the page, and two of other kinds. All at once, which is faster."""
+    """The servers of the page, and two of other kinds. They start in parallel, which is faster."""
     folder = tmp_path_factory.mktemp("own")
     torch.save(classifier.state_dict(), folder / "classifier.pth")
     torch.save(segmenter.state_dict(), folder / "fcn.pth")
@@ -96,7 +96,7 @@ def servers(tmp_path_factory, classifier, segmenter, found) -> Iterator[Mapping[
         "classifier": start(
             "classifier", "--weights", "classifier.pth", *small, script=CLASSIFIER, model_name="ResNet50"
         ),
-        # The page says to change server.py. This copy imports what is beside it.
+        # The page says to change server.py. This copy imports the modules next to it.
         "FCN": start("fcn", *options, *small, script=folder / "fcn_server.py", environment={"PYTHONPATH": str(ROOT)}),
         "text": start("text", script=ROOT / "tests" / "text_server.py", model_name="Words"),
         "pair": start("pair", script=ROOT / "tests" / "pair_server.py", model_name="SideBySide"),
@@ -129,16 +129,16 @@ def expected(classifier) -> tuple[list[bytes], np.ndarray]:
 def test_the_classifier_gives_torchvisions_labels_and_probabilities(servers, expected, protocol):
     labels, probabilities = expected
     connection = servers["classifier"].connect(protocol)
-    answer = connection.infer(PHOTO, parameters={"top": 10})
-    assert answer["labels"].shape == answer["probabilities"].shape == (1, 10)
-    assert answer["probabilities"].dtype == np.float32
+    response = connection.infer(PHOTO, parameters={"top": 10})
+    assert response["labels"].shape == response["probabilities"].shape == (1, 10)
+    assert response["probabilities"].dtype == np.float32
     assert probabilities[0] > 10 / 1000
-    np.testing.assert_allclose(answer["probabilities"][0], probabilities[:10], atol=0.02 * probabilities[0])
+    np.testing.assert_allclose(response["probabilities"][0], probabilities[:10], atol=0.02 * probabilities[0])
     by_label = dict(zip(labels, probabilities, strict=True))
-    for label, probability in zip(answer["labels"][0], answer["probabilities"][0], strict=True):
+    for label, probability in zip(response["labels"][0], response["probabilities"][0], strict=True):
         assert probability == pytest.approx(by_label[label], abs=0.02 * probabilities[0])
-    assert answer["labels"][0, 0] == labels[0]
-    assert connection.infer(PHOTO)["labels"].tolist() == answer["labels"][:, :5].tolist()
+    assert response["labels"][0, 0] == labels[0]
+    assert connection.infer(PHOTO)["labels"].tolist() == response["labels"][:, :5].tolist()
     only = connection.infer(PHOTO, ["labels"], {"top": 1})
     assert {name: array.tolist() for name, array in only.items()} == {"labels": [labels[:1]]}
 
@@ -146,7 +146,7 @@ def test_the_classifier_gives_torchvisions_labels_and_probabilities(servers, exp
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_classifier_says_what_is_wrong_with_a_request(servers, protocol):
     connection = servers["classifier"].connect(protocol)
-    with pytest.raises(InferenceError, match="this server accepts at most 300000 pixels"):
+    with pytest.raises(InferenceError, match="this server's limit is 300000 pixels: scale it down"):
         connection.infer(encode(sample("person", (600, 600)), "JPEG"))
     for top in (0, 11, "5", True):
         with pytest.raises(InferenceError, match=r"^top must be a whole number between 1 and 10, not "):
@@ -195,11 +195,11 @@ def test_weights_that_the_classifier_cannot_load_are_one_line_and_a_status(tmp_p
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_network_changes_with_one_line_and_the_server_does_what_its_options_say(servers, found, protocol):
     connection = servers["FCN"].connect(protocol)
-    answer = connection.infer(PHOTO)
-    original, segmented = answer["original"][0], answer["segmented"][0]
+    response = connection.infer(PHOTO)
+    original, segmented = response["original"][0], response["segmented"][0]
     assert psnr(original, decode(PHOTO)) > 40
     assert iou(segmented.any(axis=2), found[2] & original.any(axis=2)) > 0.95
-    with pytest.raises(InferenceError, match="this server accepts at most 300000 pixels"):
+    with pytest.raises(InferenceError, match="this server's limit is 300000 pixels: scale it down"):
         connection.infer(encode(sample("person", (600, 600)), "JPEG"))
     assert "DEMONSTRATION" not in servers["FCN"].log.read_text()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files: what a request may ask for, and that each format carries the right pixels."""
+"""Image files: the parameters of a request, and the pixels in each format."""
 
 import io
 
@@ -132,7 +132,7 @@ def test_the_format_and_the_quality_have_defaults(parameters, expected):
         ),
     ],
 )
-def test_a_bad_parameter_is_refused_with_the_valid_range(parameters, expected):
+def test_a_bad_parameter_is_rejected_with_the_valid_range(parameters, expected):
     with pytest.raises(InvalidRequest) as error:
         read_encoding(parameters)
     assert str(error.value) == expected
@@ -151,21 +151,21 @@ def test_each_format_can_be_as_large_as_it_claims(device, name, transposed):
 @pytest.mark.parametrize(
     ("name", "size", "expected"),
     [
-        ("jpeg", (1, 65_501), "65500 pixels wide and high, but the photo is 1 x 65501: set format to png, or scale"),
-        ("webp", (16_384, 1), "16383 pixels wide and high, but the photo is 16384 x 1: set format to png, or scale"),
-        ("png", (1_000_001, 1), "1000000 pixels wide and high, but the photo is 1000001 x 1: scale the photo down"),
-        ("jpeg", (1_000_001, 1), "65500 pixels wide and high, but the photo is 1000001 x 1: scale the photo down"),
+        ("jpeg", (1, 65_501), "65500 pixels, but the photo is 1 x 65501: set format to png, or scale"),
+        ("webp", (16_384, 1), "16383 pixels, but the photo is 16384 x 1: set format to png, or scale"),
+        ("png", (1_000_001, 1), "1000000 pixels, but the photo is 1000001 x 1: scale the photo down"),
+        ("jpeg", (1_000_001, 1), "65500 pixels, but the photo is 1000001 x 1: scale the photo down"),
     ],
 )
-def test_a_photo_that_is_too_large_for_a_format_is_refused(name, size, expected):
-    with pytest.raises(InvalidRequest, match=f"^a {name} file can be at most {expected}"):
+def test_a_photo_that_is_too_large_for_a_format_is_rejected(name, size, expected):
+    with pytest.raises(InvalidRequest, match=f"^the width and height of a {name} file are limited to {expected}"):
         ImageEncoding(name, 95).check_size(*size)
 
 
-def test_a_photo_with_too_much_detail_for_webp_is_refused(device):
+def test_a_photo_with_too_much_detail_for_webp_is_rejected(device):
     noise = np.random.default_rng(0).integers(0, 256, (5000, 5000, 3), dtype=np.uint8)
     opaque = np.full(noise.shape[:2], 255, np.uint8)
-    with pytest.raises(InvalidRequest, match=r"^webp cannot hold so much detail: lower the quality, or "):
+    with pytest.raises(InvalidRequest, match=r"^the photo is too detailed for webp: lower the quality, or "):
         encode(device, ImageEncoding("webp", 90), cut_out=noise, mask=opaque)
     encode(device, ImageEncoding("webp", 85), cut_out=noise, mask=opaque)
 

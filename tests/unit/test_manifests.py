@@ -21,7 +21,7 @@ from client import Connection, InferenceError
 from jobs import PARAMETERS
 from photo import max_photo_bytes
 from serving.memory import SHM_BYTES_PER_BYTE, SHM_BYTES_PER_INSTANCE
-from serving.options import MOST_DEFAULT_INSTANCES
+from serving.options import MAX_DEFAULT_INSTANCES
 from serving.triton import _configure
 from tools.launch import free_ports
 
@@ -31,8 +31,8 @@ COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 PROXY_CONFIGURATION = (DEPLOY / "nginx.conf").read_text()
 MAX_PIXELS = server.parse_options([]).max_pixels
 MESSAGE_BYTES = sum(server.Segmentation.limits(server.parse_options([])))
-# What the defaults need on a GPU.
-SHM_BYTES = MOST_DEFAULT_INSTANCES * (SHM_BYTES_PER_INSTANCE + SHM_BYTES_PER_BYTE * MESSAGE_BYTES)
+# The need of the defaults on a GPU.
+SHM_BYTES = MAX_DEFAULT_INSTANCES * (SHM_BYTES_PER_INSTANCE + SHM_BYTES_PER_BYTE * MESSAGE_BYTES)
 
 
 def manifest(kind: str) -> dict:
@@ -179,13 +179,13 @@ def test_the_two_lists_of_servers_differ_in_their_addresses_only():
 
 
 def compose_files() -> dict[str, Path]:
-    """Return what is in the proxy's /etc/proxy with Compose: the image's files, some of them replaced."""
+    """Return the files in the proxy's /etc/proxy with Compose: the image's files, some of them replaced."""
     volumes = [volume.split(":") for volume in COMPOSE["services"]["proxy"]["volumes"]]
     return image_files() | {Path(there).name: DEPLOY / here for here, there, _ in volumes}
 
 
 def pod_files() -> dict[str, Path]:
-    """Return what is in the proxy's /etc/proxy in a pod, where the volume hides the image's files."""
+    """Return the files in the proxy's /etc/proxy in a pod, where the volume hides the image's files."""
     kustomization = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())
     generated = {
         (kind, generator["name"]): {Path(name).name: DEPLOY / name for name in generator["files"]}
@@ -209,7 +209,7 @@ DEPLOYMENTS = {"image": image_files, "Compose": compose_files, "pod": pod_files}
 
 @NEEDS_NGINX
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
-def test_what_is_deployed_asks_for_a_key_that_one_command_adds(deployment, tmp_path):
+def test_each_deployment_requires_a_key_that_one_command_adds(deployment, tmp_path):
     files = DEPLOYMENTS[deployment]()
     deploy = tmp_path / "deploy"
     deploy.mkdir()
@@ -219,7 +219,7 @@ def test_what_is_deployed_asks_for_a_key_that_one_command_adds(deployment, tmp_p
     http_port, grpc_port, _ = free_ports()
     nobody = SimpleNamespace(http_port=http_port, grpc_port=grpc_port, model_name=MODEL_NAME)
 
-    def answers(proxy: Proxy, api_key: str) -> set[str]:
+    def responses(proxy: Proxy, api_key: str) -> set[str]:
         said = set()
         for protocol in PROTOCOLS:
             connection = Connection(proxy.url(protocol), api_key=api_key)
@@ -228,12 +228,12 @@ def test_what_is_deployed_asks_for_a_key_that_one_command_adds(deployment, tmp_p
             said.add(str(error.value))
         return said
 
-    refused, let_in = "send a valid API key", "no server can be reached"
-    for added, expected in ((files["api_keys.conf"], refused), (keys, let_in)):
+    rejected, let_in = "send a valid API key", "no server can be reached"
+    for added, expected in ((files["api_keys.conf"], rejected), (keys, let_in)):
         with Proxy([nobody], api_keys="", files=files | {"api_keys.conf": added}) as proxy:
             for api_key in ("", KEY):
-                assert all(refused in said for said in answers(proxy, api_key))
-            assert all(expected in said for said in answers(proxy, key))
+                assert all(rejected in said for said in responses(proxy, api_key))
+            assert all(expected in said for said in responses(proxy, key))
 
 
 def test_compose_limits_swap_to_none():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command lines: each mistake is one line that names the option and what is valid, with status 2."""
+"""The command lines: each error is one line that names the option and the valid values, with status 2."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from serving.options import DEVICE_DEFAULTS, device_default
 from serving.triton import _configure, _secure
 
 
-def mistake(parse_options, arguments: list[str], capsys) -> str:
-    """Return the line that a mistake on the command line prints."""
+def error_line(parse_options, arguments: list[str], capsys) -> str:
+    """Return the error that a command line prints."""
     with pytest.raises(SystemExit) as end:
         parse_options(arguments)
     assert end.value.code == 2
@@ -34,12 +34,12 @@ def mistake(parse_options, arguments: list[str], capsys) -> str:
         ("--threshold", "nan", "must be a number between 0 and 1, not nan"),
         ("--threshold", "", "must be a number between 0 and 1, not empty"),
         ("--input-size", "0", "must be a whole number between 32 and 2048, not 0"),
-        ("--max-pixels", "-3", "must be a whole number of at least 1, not -3"),
+        ("--max-pixels", "-3", "must be a whole number >= 1, not -3"),
         ("--instances", "many", "must be a whole number between 0 and 64, not many"),
         ("--max-batch-size", "65", "must be a whole number between 0 and 64, not 65"),
         ("--executors", "9", "must be a whole number between 0 and 8, not 9"),
         ("--frontends", "17", "must be a whole number between 0 and 16, not 17"),
-        ("--max-queue", "1.5", "must be a whole number of at least 0, not 1.5"),
+        ("--max-queue", "1.5", "must be a whole number >= 0, not 1.5"),
         ("--http-port", "99999", "must be a whole number between 1 and 65535, not 99999"),
         ("--drain-s", "-1", "must be a number between 0 and 86400, not -1"),
         ("--start-timeout-s", "inf", "must be a number between 1 and 86400, not inf"),
@@ -52,13 +52,13 @@ def mistake(parse_options, arguments: list[str], capsys) -> str:
     ],
 )
 def test_a_bad_value_names_the_option_and_the_valid_range(option, value, expected, capsys):
-    line = mistake(server.parse_options, [f"{option}={value}"], capsys)
+    line = error_line(server.parse_options, [f"{option}={value}"], capsys)
     assert f"error: argument {option}: {expected}" in line
 
 
 @pytest.mark.parametrize("parse_options", [server.parse_options, client.parse_options])
 def test_an_unknown_option_is_named(parse_options, capsys):
-    assert "error: unrecognized arguments: --nonsense" in mistake(parse_options, ["--nonsense"], capsys)
+    assert "error: unrecognized arguments: --nonsense" in error_line(parse_options, ["--nonsense"], capsys)
 
 
 @pytest.mark.parametrize("parse_options", [server.parse_options, client.parse_options])
@@ -75,18 +75,18 @@ def test_help_shows_each_option_with_its_default(parse_options, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--concurrency", "0"], "argument --concurrency: must be at least 1, not 0"),
+        (["--concurrency", "0"], "argument --concurrency: must be a whole number >= 1, not 0"),
         (["--threshold", "high"], "argument --threshold: invalid float value: 'high'"),
         (["--image-paths"], "argument --image-paths: expected at least one argument"),
         (["--format", "gif"], "argument --format: invalid choice: 'gif' (choose from "),
-        (["--retry-s", "-1"], "argument --retry-s: must be a number of at least 0, not -1"),
-        (["--init-timeout-s", "nan"], "argument --init-timeout-s: must be a number of at least 0, not nan"),
-        (["--keep-names"], "argument --keep-names: needs --dump-images, --mask or a --format other than raw"),
-        (["--skip-existing"], "argument --skip-existing: needs --dump-images, --mask or a --format other than raw"),
+        (["--retry-s", "-1"], "argument --retry-s: must be a finite number >= 0, not -1"),
+        (["--init-timeout-s", "nan"], "argument --init-timeout-s: must be a finite number >= 0, not nan"),
+        (["--keep-names"], "argument --keep-names: requires --dump-images, --mask or a --format other than raw"),
+        (["--skip-existing"], "argument --skip-existing: requires --dump-images, --mask or a --format other than raw"),
     ],
 )
-def test_a_mistake_in_the_clients_options_is_one_line(arguments, expected, capsys):
-    assert expected in mistake(client.parse_options, arguments, capsys)
+def test_an_error_in_the_clients_options_is_one_line(arguments, expected, capsys):
+    assert expected in error_line(client.parse_options, arguments, capsys)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_mistake_in_the_clients_options_is_one_line(arguments, expected, capsy
         (["--url", "http://[::1"], "--url http://[::1: Invalid IPv6 URL"),
     ],
 )
-def test_what_the_client_cannot_send_is_one_line(arguments, expected):
+def test_an_error_before_sending_is_one_line(arguments, expected):
     with pytest.raises(client.ClientError) as error:
         client.send_all(client.parse_options(arguments))
     assert str(error.value).startswith(expected)
@@ -114,9 +114,9 @@ def test_what_the_client_cannot_send_is_one_line(arguments, expected):
 
 
 @pytest.mark.parametrize("token", ["", "too short", "with:a-colon-and=more"])
-def test_a_bad_access_token_is_refused(token, monkeypatch):
+def test_a_bad_access_token_is_rejected(token, monkeypatch):
     monkeypatch.setenv("TRITON_ACCESS_TOKEN", token)
-    with pytest.raises(UsageError, match="TRITON_ACCESS_TOKEN in the environment, must be at least 16 letters, digits"):
+    with pytest.raises(UsageError, match="TRITON_ACCESS_TOKEN in the environment, must have at least 16 letters"):
         _secure(server.parse_options([]))
     assert _secure(server.parse_options(["--access-token", 20 * "x"])).access_token == 20 * "x"
 
@@ -154,7 +154,7 @@ def test_vertex_ai_and_sagemaker_are_off_by_default():
     assert (config.allow_vertex_ai, config.allow_sagemaker) == (False, False)
 
 
-def test_a_class_that_the_network_does_not_know_is_refused_before_it_is_served():
+def test_a_class_that_the_network_does_not_know_is_rejected_before_it_is_served():
     options = server.parse_options(["--weights", "demo", "--max-batch-size", "1", "--class-name", "cat,unicorn"])
     with pytest.raises(UsageError, match=r"--class-name must be one of __background__, .*, not 'cat,unicorn'$"):
         server.Segmentation(options, "cpu")
@@ -168,9 +168,9 @@ def test_a_gpu_that_does_not_exist_is_named():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_only_auto_and_cpu_work():
     assert resolve_device("auto") == resolve_device("cpu") == "cpu"
-    with pytest.raises(UsageError, match="--device cuda: torch finds 0 CUDA devices"):
+    with pytest.raises(UsageError, match="--device cuda: torch finds 0 GPUs; "):
         resolve_device("cuda")
-    with pytest.raises(UsageError, match="--device all: torch finds no CUDA device"):
+    with pytest.raises(UsageError, match="--device all: torch finds no GPU; "):
         list_devices("all", 60)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a photo: what is kept, what is rejected, and how the orientation is found."""
+"""Reading a photo: the rebuilt file, rejections, and the orientation."""
 
 import contextlib
 import io
@@ -46,7 +46,7 @@ def jpeg_with(blocks: list[bytes]) -> bytes:
 
 
 def png_with(blocks: list[bytes]) -> bytes:
-    """Return a PNG with one block in front of the pixels and the others behind them."""
+    """Return a PNG with one block before the pixels and the others after them."""
     parts = split(PNG, "PNG")
     chunks = [chunk(b"eXIf", block) for block in blocks]
     return b"".join([*parts[:2], chunks[0], *parts[2:-1], *chunks[1:], parts[-1]])
@@ -129,7 +129,7 @@ def test_a_file_that_ends_anywhere_is_one_sentence():
                 as_photo(data[:end])
 
 
-FRAME = PHOTO.index(b"\xff\xc0") + 4  # what follows the frame's length
+FRAME = PHOTO.index(b"\xff\xc0") + 4  # after the frame's length
 DC_ONLY = blocks_jpeg((64, 64), [(1, 1)], random.Random(0))
 
 
@@ -173,7 +173,7 @@ REJECTED = {
 
 
 @pytest.mark.parametrize("kind", REJECTED)
-def test_what_is_not_supported_is_rejected_with_a_sentence_that_says_so(kind):
+def test_an_unsupported_photo_is_rejected_with_a_sentence_that_says_so(kind):
     data, expected = REJECTED[kind]
     with pytest.raises(InvalidPhoto) as error:
         as_photo(data)
@@ -185,7 +185,7 @@ def as_pixels(data: bytes) -> np.ndarray:
     return decode(as_photo(data).encoded.tobytes())
 
 
-def test_what_some_encoders_write_is_accepted():
+def test_unusual_files_of_some_encoders_are_accepted():
     dice = random.Random(0)
     restarts = blocks_jpeg((64, 64), [(1, 1)], dice, interval=3)
     surplus = restarts[:-2] + bytes([0xFF, 0xD0 + (64 + 2) // 3 % 8 - 1, 0xFF, 0xD9])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is installed is what the short lists say, pinned with hashes."""
+"""The lock files match the short lists, and pin all packages with hashes."""
 
 import re
 

@@ -49,11 +49,11 @@ def job(
     return running.job(Job(photo, classes, 0.6, outputs, encoding))
 
 
-def mask(answer: dict) -> np.ndarray:
-    return answer["segmented"].any(axis=2)
+def mask(response: dict) -> np.ndarray:
+    return response["segmented"].any(axis=2)
 
 
-def test_an_answer_does_not_depend_on_the_batch(running):
+def test_a_response_does_not_depend_on_the_batch(running):
     others = [job(running, "cat"), job(running, "person", (1281, 851)), job(running, "person", (20, 30))] * 2
     wanted = job(running, "person")
     alone = {name: array.copy() for name, array in running([wanted])[0].items()}
@@ -63,15 +63,15 @@ def test_an_answer_does_not_depend_on_the_batch(running):
         assert iou(mask(together), mask(alone)) > 0.995
 
 
-def test_answers_outlive_the_next_batches(running):
-    answers = running([job(running, "person"), job(running, "cat")])
-    copies = [{name: array.copy() for name, array in answer.items()} for answer in answers]
+def test_responses_outlive_the_next_batches(running):
+    responses = running([job(running, "person"), job(running, "cat")])
+    copies = [{name: array.copy() for name, array in response.items()} for response in responses]
     others = [job(running, "cat", (700, 500)), job(running, "person", (512, 512)), job(running, "cat")]
     for _ in range(3 if running.device == "cpu" else 10):
         running(others[: MAX_BATCH_SIZE[running.device]])
-    for answer, copy in zip(answers, copies, strict=True):
-        for name in answer:
-            np.testing.assert_array_equal(answer[name], copy[name])
+    for response, copy in zip(responses, copies, strict=True):
+        for name in response:
+            np.testing.assert_array_equal(response[name], copy[name])
 
 
 def test_only_what_a_job_asks_for_is_computed(running, monkeypatch):
@@ -116,10 +116,10 @@ def test_a_result_that_is_not_finite_is_an_error(running, monkeypatch):
         return probabilities
 
     monkeypatch.setattr(running.stages, "network", broken)
-    answer, error = running([also_both, both])
+    response, error = running([also_both, both])
     assert type(error) is InferenceFailed
-    assert "not finite: start the server with --precision fp32" in str(error)
-    assert mask(answer).mean() > 0.3
+    assert "not finite: the precision of the server may be too low" in str(error)
+    assert mask(response).mean() > 0.3
     assert set(running([original])[0]) == {"original"}
     monkeypatch.undo()
     assert mask(running([both])[0]).mean() > 0.3
@@ -154,21 +154,21 @@ def test_a_request_that_names_all_outputs_gets_them_if_it_has_a_parameter_of_the
 
 
 @pytest.mark.parametrize("parameters", [{"format": "png"}, {"quality": 90}, {"content": "labels"}, {"edge": 0}])
-def test_a_parameter_of_the_file_without_the_file_is_refused(running, parameters):
+def test_a_parameter_of_the_file_without_the_file_is_rejected(running, parameters):
     (name,) = parameters
     expected = f"^{name} is for the output encoded: request that output, or omit {name}$"
     with pytest.raises(InvalidRequest, match=expected):
         read(running, parameters, ("segmented", "mask"))
 
 
-def test_a_photo_too_large_for_the_file_is_refused_if_the_file_is_wanted(running):
+def test_a_photo_too_large_for_the_file_is_rejected_if_the_file_is_wanted(running):
     data = {"image": as_array(encode(Image.new("RGB", (16_384, 1)), "PNG"))}
-    with pytest.raises(InvalidRequest, match="a webp file can be at most 16383 pixels wide and high"):
+    with pytest.raises(InvalidRequest, match="the width and height of a webp file are limited to 16383 pixels"):
         running.stages.read(Request(data, parameters={"format": "webp"}, requested_output_names=("encoded",)))
     running.stages.read(Request(data, requested_output_names=("mask",), parameters={}))
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, 2, "high", True, "", float("nan"), None])
-def test_a_bad_threshold_is_refused(running, threshold):
+def test_a_bad_threshold_is_rejected(running, threshold):
     with pytest.raises(InvalidRequest, match="threshold must be a number between 0 and 1, not "):
         read(running, {"threshold": threshold})

@@ -114,12 +114,12 @@ def test_a_channel_carries_arrays_of_any_type_and_shape():
         "empty": np.empty((0, 3), np.float16),
     }
     with Forked(double, 1, 1) as forked:
-        answer = call(forked.channels[0], None, arrays)
-        assert list(answer) == list(arrays)
+        response = call(forked.channels[0], None, arrays)
+        assert list(response) == list(arrays)
         for name, array in arrays.items():
-            assert answer[name].dtype == array.dtype
-            np.testing.assert_array_equal(answer[name], 2 * array)
-            assert answer[name].ctypes.data % answer[name].itemsize == 0
+            assert response[name].dtype == array.dtype
+            np.testing.assert_array_equal(response[name], 2 * array)
+            assert response[name].ctypes.data % response[name].itemsize == 0
 
 
 def test_a_channel_carries_strings_there_and_back():
@@ -135,17 +135,17 @@ def test_a_channel_carries_strings_there_and_back():
         "fixed size": np.array([b"abc", b"", b"x"]),
     }
     with Forked(lambda jobs: [job.data for job in jobs], 1, 1) as forked:
-        answer = call(forked.channels[0], None, arrays)
-    assert list(answer) == list(arrays)
+        response = call(forked.channels[0], None, arrays)
+    assert list(response) == list(arrays)
     for name, array in arrays.items():
         if name not in ("numbers", "fixed size"):  # strings become objects of type bytes
-            assert answer[name].dtype == object
+            assert response[name].dtype == object
             array = np.vectorize(lambda text: text.encode() if isinstance(text, str) else text, [object])(array)
-        np.testing.assert_array_equal(answer[name], array, strict=name in ("numbers", "fixed size"))
-        assert answer[name].shape == array.shape
+        np.testing.assert_array_equal(response[name], array, strict=name in ("numbers", "fixed size"))
+        assert response[name].shape == array.shape
 
 
-def test_strings_that_do_not_fit_are_refused():
+def test_strings_that_do_not_fit_are_rejected():
     long = {"text": np.array([b"x" * 1001], object)}
     with Forked(lambda jobs: [long] * len(jobs), 1, 1) as forked:
         with pytest.raises(ValueError, match="text does not fit"):
@@ -159,7 +159,7 @@ def test_strings_that_do_not_fit_are_refused():
         call(forked.channels[0], None)
 
 
-def test_a_request_that_does_not_fit_into_the_channel_is_refused():
+def test_a_request_that_does_not_fit_into_the_channel_is_rejected():
     with Forked(double, 1, 1) as forked:
         with pytest.raises(ValueError, match="image does not fit"):
             call(forked.channels[0], None, {"image": np.zeros(1001 + SLACK_BYTES, np.uint8)})
@@ -179,16 +179,16 @@ def test_only_the_request_at_fault_in_a_batch_fails():
 
     messages = ["good", "bad", "good", "bad", "good"]
     with Forked(compute, len(messages), 8) as forked, ThreadPoolExecutor(len(messages)) as pool:
-        answers = [
+        responses = [
             pool.submit(call, channel, message) for channel, message in zip(forked.channels, messages, strict=True)
         ]
         release.set()
-        for message, answer in zip(messages, answers, strict=True):
+        for message, response in zip(messages, responses, strict=True):
             if message == "bad":
                 with pytest.raises(InvalidRequest, match="this one is bad"):
-                    answer.result()
+                    response.result()
             else:
-                assert answer.result() == {}
+                assert response.result() == {}
 
 
 def test_a_batch_is_what_is_waiting():
@@ -224,8 +224,8 @@ def test_two_executors_compute_two_batches_at_the_same_time():
     with Forked(compute, 2, max_batch_size=1, executors=2) as forked, ThreadPoolExecutor(2) as pool:
         for number in range(10):
             requests = [{"number": np.array([number + 100 * index], np.int16)} for index in range(2)]
-            answers = list(pool.map(call, forked.channels, [None] * 2, requests))
-            assert [answer["number"].tolist() for answer in answers] == [[2 * number], [2 * number + 200]]
+            responses = list(pool.map(call, forked.channels, [None] * 2, requests))
+            assert [response["number"].tolist() for response in responses] == [[2 * number], [2 * number + 200]]
 
 
 def test_a_job_whose_result_is_not_valid_fails_alone():
@@ -243,20 +243,20 @@ def test_a_job_whose_result_is_not_valid_fails_alone():
 
     conditions = [torch.tensor(True), torch.tensor(False), None, np.False_, np.True_, False]
     with Forked(compute, len(conditions), 8) as forked, ThreadPoolExecutor(len(conditions)) as pool:
-        answers = [pool.submit(call, *request) for request in zip(forked.channels, conditions, strict=True)]
+        responses = [pool.submit(call, *request) for request in zip(forked.channels, conditions, strict=True)]
         wait_for(lambda: all(channel.is_processing() for channel in forked.channels))
         release.set()
-        for condition, answer in zip(conditions, answers, strict=True):
+        for condition, response in zip(conditions, responses, strict=True):
             if condition is None or condition:
-                assert answer.result()["image"].tolist() == (2 * PHOTO["image"]).tolist()
+                assert response.result()["image"].tolist() == (2 * PHOTO["image"]).tolist()
             else:
                 with pytest.raises(InferenceFailed, match="the result is not finite"):
-                    answer.result()
+                    response.result()
 
 
 @pytest.fixture
 def log_file(tmp_path):
-    """What this process and its children log."""
+    """The log of this process and its children."""
     handler = logging.FileHandler(tmp_path / "log")
     logging.getLogger("server").addHandler(handler)
     yield tmp_path / "log"
@@ -272,7 +272,7 @@ def log_file(tmp_path):
         (lambda jobs: [{"file": Deferred(lambda _: 1 / 0, np.zeros(1))} for _ in jobs], "ZeroDivisionError: "),
     ],
 )
-def test_what_the_stages_raise_is_logged_and_the_client_gets_a_sentence(compute, reason, log_file: Path):
+def test_an_exception_of_the_stages_is_logged_and_the_client_gets_a_sentence(compute, reason, log_file: Path):
     with Forked(compute, 1, 1) as forked:
         with pytest.raises(InferenceFailed) as error:
             call(forked.channels[0], "a secret")
@@ -295,7 +295,7 @@ def test_callers_are_told_when_the_other_process_is_gone(how, monkeypatch):
             call(forked.channels[0], None)
 
 
-def test_the_timeout_counts_from_the_last_answer_to_anybody_and_is_waited_for_once():
+def test_the_timeout_counts_from_the_last_response_to_anybody_and_is_waited_for_once():
     entered = FORK.Event()
 
     def compute(jobs):
@@ -310,12 +310,12 @@ def test_the_timeout_counts_from_the_last_answer_to_anybody_and_is_waited_for_on
         began = time.monotonic()
         for channel, seconds in zip(forked.channels[1:], (0.8, 100), strict=True):
             calls.append(pool.submit(call, channel, seconds, timeout_s=1.5))
-        for answer in calls[:2]:  # the second one takes 1.6 s in all, but the worker has shown that it is alive
-            assert answer.result()["image"].size == 5
+        for response in calls[:2]:  # the second one takes 1.6 s in all, but the worker has shown that it is alive
+            assert response.result()["image"].size == 5
         with pytest.raises(TimeoutError):
             calls[2].result()
         assert 3.0 < time.monotonic() - began < 4.2  # 1.6 s and 1.5 s
-        with pytest.raises(ConnectionError):  # a late answer is not the answer to the next call
+        with pytest.raises(ConnectionError):  # a late response is not the response to the next call
             call(forked.channels[2], 0)
 
 
@@ -333,7 +333,7 @@ def test_two_requests_in_one_call_do_not_share_memory():
         assert second["image"].tolist() == [[4] * 5]
 
 
-def test_an_instance_refuses_what_it_cannot_send(caplog):
+def test_an_instance_rejects_what_it_cannot_send(caplog):
     with Forked(double, 1, 1) as forked:
         instance = make_instance(forked)
         with pytest.raises(InvalidRequest, match="the batch dimension must be 1"):
@@ -347,11 +347,11 @@ def test_an_instance_refuses_what_it_cannot_send(caplog):
 
 def test_an_instance_sends_and_returns_strings():
     with Forked(double, 1, 1) as forked:
-        (answer,) = make_instance(forked)([Request({"label": np.array([[b"cat", b""]], object)}, {})])
-        assert answer["label"].tolist() == [[b"catcat", b""]]
+        (response,) = make_instance(forked)([Request({"label": np.array([[b"cat", b""]], object)}, {})])
+        assert response["label"].tolist() == [[b"catcat", b""]]
 
 
-def test_a_server_that_has_drained_refuses_requests():
+def test_a_server_that_has_drained_rejects_requests():
     with Forked(double, 1, 1) as forked:
         traffic = Traffic(1)
         instance, request = make_instance(forked, traffic), Request({"image": np.zeros((1, 5), np.uint8)}, {})
@@ -362,7 +362,7 @@ def test_a_server_that_has_drained_refuses_requests():
 
 
 @pytest.mark.parametrize("empty", [np.empty((0, 3)), np.empty(0, object), np.empty(0, str)])
-def test_an_empty_output_is_refused_with_its_name(empty, caplog):
+def test_an_empty_output_is_rejected_with_its_name(empty, caplog):
     with Forked(lambda jobs: [{"found": empty}] * len(jobs), 1, 1) as forked:
         instance, request = make_instance(forked), Request({"image": np.zeros((1, 5), np.uint8)}, {})
         with pytest.raises(InferenceFailed, match="the output found is empty, which PyTriton cannot return"):
@@ -410,7 +410,7 @@ def test_requests_in_flight_are_counted_over_all_processes():
 
 
 def test_a_process_learns_that_the_server_is_stopping():
-    traffic, refused = Traffic(1), FORK.Event()
+    traffic, rejected = Traffic(1), FORK.Event()
 
     def ask() -> None:
         while True:
@@ -418,14 +418,14 @@ def test_a_process_learns_that_the_server_is_stopping():
                 with traffic.request(0):
                     time.sleep(0.01)
             except InferenceFailed:
-                refused.set()
+                rejected.set()
                 return
 
     process = FORK.Process(target=ask, daemon=True)
     process.start()
     traffic.close_at(time.monotonic() + 0.5)
-    assert not refused.wait(0.3)
-    assert refused.wait(10)
+    assert not rejected.wait(0.3)
+    assert rejected.wait(10)
     process.join()
 
 
@@ -660,7 +660,7 @@ def test_the_number_of_frontends_follows_from_the_device_and_its_share_of_the_co
     assert count_frontends(argparse.Namespace(frontends=5), device_type, workers) == 5
 
 
-def test_an_answer_that_does_not_fit_into_its_memory_is_an_error():
+def test_a_response_that_does_not_fit_into_its_memory_is_an_error():
     memory = ResponseMemory(share_bytes(100), "cpu")
     with pytest.raises(InvalidRequest, match="the response exceeds the limit of 100 bytes: request fewer outputs"):
         memory.store({"a": np.zeros(60, np.uint8), "b": np.zeros(60, np.uint8)})
@@ -673,7 +673,7 @@ _pinned: list[np.ndarray] = []  # stays until the end of the process
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_an_answer_may_mix_arrays_of_the_host_with_tensors_of_the_device(device):
+def test_a_response_may_mix_arrays_of_the_host_with_tensors_of_the_device(device):
     _pinned.append(memory := share_bytes(1000))
     outputs = {
         "file": np.frombuffer(b"file", np.uint8),  # read-only
@@ -684,13 +684,13 @@ def test_an_answer_may_mix_arrays_of_the_host_with_tensors_of_the_device(device)
     stored = ResponseMemory(memory, device).store(outputs)
     if device == "cuda":
         torch.cuda.synchronize()
-    answer = complete(memory, stored)
-    assert answer["file"].tobytes() == b"file"
-    assert answer["tensor"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert answer["tensor"].dtype == np.float32
-    assert answer["labels"].tolist() == [b"cat", b"dog"]
-    assert answer["flags"].tolist() == [True, False]
-    assert answer["flags"].dtype == bool
+    response = complete(memory, stored)
+    assert response["file"].tobytes() == b"file"
+    assert response["tensor"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert response["tensor"].dtype == np.float32
+    assert response["labels"].tolist() == [b"cat", b"dog"]
+    assert response["flags"].tolist() == [True, False]
+    assert response["flags"].dtype == bool
 
 
 def test_a_deferred_output_is_computed_from_a_copy_and_stored_behind_the_others():
@@ -702,13 +702,13 @@ def test_a_deferred_output_is_computed_from_a_copy_and_stored_behind_the_others(
     }
     stored = ResponseMemory(memory, "cpu").store(outputs)
     source[:] = 0  # a device reuses its memory for the next batch
-    answer = complete(memory, stored)
-    assert answer["file"].tolist() == [0, 2, 4, 6, 8]
-    assert answer["raw"].tolist() == [7, 7, 7]
-    assert answer["text"].tolist() == [b"10"]
+    response = complete(memory, stored)
+    assert response["file"].tolist() == [0, 2, 4, 6, 8]
+    assert response["raw"].tolist() == [7, 7, 7]
+    assert response["text"].tolist() == [b"10"]
 
 
-def test_an_answer_that_takes_long_to_compute_holds_up_no_other_batch():
+def test_a_response_that_takes_long_to_compute_holds_up_no_other_batch():
     go_on = FORK.Event()
 
     def encode(_source):
@@ -750,7 +750,7 @@ def test_large_jobs_leave_a_channel_for_others():
                 call(forked.channels[4], "large", timeout_s=10)
             assert call(forked.channels[4], "small", timeout_s=10) == {}
         go_on.set()
-        assert [answer.result()["file"].tolist() for answer in large] == [[0]] * 4
+        assert [response.result()["file"].tolist() for response in large] == [[0]] * 4
         assert call(forked.channels[4], "large", timeout_s=10)["file"].tolist() == [0]
 
 
@@ -790,7 +790,7 @@ def test_a_small_job_is_part_of_the_next_batch_and_large_ones_do_not_share_one()
             wait_for(channel.is_processing)
         for _ in range(3):
             go_on.release()
-        assert [answer.result(10) for answer in pending] == [{}] * 5
+        assert [response.result(10) for response in pending] == [{}] * 5
     assert memory[1:4] == [11, 13, 11]
 
 

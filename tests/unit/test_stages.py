@@ -173,7 +173,7 @@ def test_a_soft_edge_matches_numpy(device, threshold, edge):
     low, high = max(0, threshold - edge / 2), min(1, threshold + edge / 2)
     assert np.abs(result[..., 3] - np.interp(exact, [low, high], [0, 255])).max() < 0.5 + 1e-2
     np.testing.assert_array_equal(result[..., :3], photo * (result[..., 3:] > 0))
-    assert {0, 255} < set(np.unique(result[..., 3]))  # what is impossible, what is certain, and something in between
+    assert {0, 255} < set(np.unique(result[..., 3]))  # impossible, certain, and something in between
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -300,7 +300,7 @@ def test_weights_too_large_for_fp16_are_noticed():
     state_dict["classifier.4.weight"] = state_dict["classifier.4.weight"] * 1e6
     for precision, expected in (("fp16", True), ("fp32", False)):
         assert SegmentationNetwork(NETWORK, state_dict, torch.device("cpu"), precision).overflows(32) is expected
-    with pytest.raises(UsageError, match="--precision fp16 is too small for these weights: use bf16, fp32 or auto"):
+    with pytest.raises(UsageError, match="--precision fp16 overflows with these weights: use bf16, fp32 or auto"):
         load_network(NETWORK, state_dict, torch.device("cpu"), "fp16", 32)
 
 

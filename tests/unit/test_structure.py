@@ -22,7 +22,7 @@ MODULES = {name_of(path): path for path in FILES}
 
 
 def imported(path: Path) -> set[str]:
-    """Return what a file imports anywhere, type-only imports included."""
+    """Return all imports of a file, including type-only ones."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -56,7 +56,7 @@ def test_an_example_needs_no_other_server_and_nothing_needs_it():
         assert name not in examples or used <= {"photo", "pipelines", "serving"}, path
 
 
-def test_what_a_server_imports_is_listed_in_one_place():
+def test_the_imports_of_a_server_are_listed_in_one_place():
     exported = {"Checked", "Deferred", "InferenceFailed", "InvalidRequest", "Server", "Stages", "UsageError"}
     exported |= {"add_serving_options", "make_parser", "number"}
     assert set(serving.__all__) == exported
@@ -78,7 +78,7 @@ PRIVATE = (
 def test_only_one_file_touches_the_private_parts_of_pytriton():
     for path in FILES:
         private = {name for name in imported(path) if name.startswith(PRIVATE)}
-        # Attributes such as triton._model_manager, of what PyTriton's packages contain.
+        # Attributes such as triton._model_manager, of objects from PyTriton's packages.
         code = path.read_text()
         private |= {word for word in ("_model_manager", "_get_triton_model_config") if word in code}
         if name_of(path) == "serving.pytriton_internals":
@@ -118,7 +118,7 @@ def test_a_mistyped_option_does_not_wait_for_torch_and_dali(module):
         "import serving.pytriton_internals",
     ],
 )
-def test_what_a_server_imports_at_its_start_waits_for_neither_torch_nor_dali(code):
+def test_the_imports_at_the_start_wait_for_neither_torch_nor_dali(code):
     assert not modules_after(code) & {"torch", "torchvision", "nvidia.dali", "nvidia.nvimgcodec"}
 
 

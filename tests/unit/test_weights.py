@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights: each source is loaded or refused with one line, and no file can run code."""
+"""Weights: each source is loaded or rejected with one line, and no file can run code."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ def cached_file(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def refusal(choice: object, network: str = NETWORK) -> str:
+def rejection(choice: object, network: str = NETWORK) -> str:
     with pytest.raises(UsageError) as error:
         load_weights(str(choice), network)
     assert len(str(error.value).splitlines()) == 1
@@ -46,7 +46,7 @@ def refusal(choice: object, network: str = NETWORK) -> str:
     ("content", "expected"),
     [
         (b"", "is not a state dict that torch can read"),
-        ([1, 2, 3], "holds a list instead of a state dict"),
+        ([1, 2, 3], "contains a list instead of a state dict"),
         ({}, "is missing (and 667 more problems)"),
         (lambda state: state.pop("backbone.conv1.weight"), "backbone.conv1.weight is missing"),
         (lambda state: state.update(extra=torch.ones(1)), "extra is unknown"),
@@ -57,7 +57,7 @@ def refusal(choice: object, network: str = NETWORK) -> str:
         ),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_with_what_is_wrong(content, expected, demo, tmp_path):
+def test_a_file_that_does_not_fit_is_rejected_with_what_is_wrong(content, expected, demo, tmp_path):
     file = tmp_path / "weights.pth"
     if callable(content):
         state_dict = dict(demo)
@@ -67,11 +67,11 @@ def test_a_file_that_does_not_fit_is_refused_with_what_is_wrong(content, expecte
         file.write_bytes(content)
     else:
         torch.save(content, file)
-    assert expected in refusal(file)
+    assert expected in rejection(file)
 
 
 def test_a_file_that_does_not_exist_is_named():
-    assert refusal("missing.pth") == "--weights missing.pth does not exist: use a file, pretrained, demo or auto"
+    assert rejection("missing.pth") == "--weights missing.pth does not exist: use a file, pretrained, demo or auto"
 
 
 def test_a_file_cannot_run_code(tmp_path):
@@ -80,7 +80,7 @@ def test_a_file_cannot_run_code(tmp_path):
             return os.mkdir, (str(tmp_path / "it ran"),)
 
     torch.save(Evil(), tmp_path / "evil.pth")
-    assert "is not a state dict that torch can read" in refusal(tmp_path / "evil.pth")
+    assert "is not a state dict that torch can read" in rejection(tmp_path / "evil.pth")
     assert not (tmp_path / "it ran").exists()
 
 
@@ -98,32 +98,32 @@ def test_pretrained_weights_come_from_torchs_cache(demo, cached_file):
 
 
 def test_pretrained_weights_that_cannot_be_downloaded_say_where_to_put_them(cached_file):
-    line = refusal("pretrained")
+    line = rejection("pretrained")
     assert line.startswith("--weights pretrained failed (URLError: ")
     assert f"download {URL} on another machine and put it at {cached_file}, or use --weights demo" in line
 
 
 def test_a_damaged_file_in_torchs_cache_is_named(cached_file):
     cached_file.write_bytes(b"half a download")
-    assert f"delete {cached_file}, which is damaged, and start the server again" in refusal("pretrained")
+    assert f"delete {cached_file}, which is damaged, and start the server again" in rejection("pretrained")
 
 
 def test_auto_falls_back_to_the_demonstration_weights_with_a_warning(demo, cached_file, caplog):
     assert load_weights("auto", NETWORK).keys() == demo.keys()
     (record,) = (record for record in caplog.records if record.levelname == "WARNING")
-    assert record.getMessage().startswith("DEMONSTRATION WEIGHTS: the server knows the two photos in images/")
+    assert record.getMessage().startswith("DEMONSTRATION WEIGHTS: the server recognizes only the two photos in images/")
     assert str(cached_file) in record.getMessage()
 
 
 def test_the_demonstration_weights_fit_only_their_own_network():
-    assert "demo.pt does not fit fcn_resnet50: " in refusal("demo", network="fcn_resnet50")
+    assert "demo.pt does not fit fcn_resnet50: " in rejection("demo", network="fcn_resnet50")
 
 
 def test_the_demonstration_weights_detect_other_random_numbers(tmp_path):
     content = torch.load(DEMO_PATH, weights_only=True)
     content["fingerprint"] += 1
     torch.save(content, tmp_path / "demo.pt")
-    with pytest.raises(UsageError, match="draws other random numbers than"):
+    with pytest.raises(UsageError, match="generates different random numbers: "):
         load_weights("demo", NETWORK, tmp_path / "demo.pt")
 
 
