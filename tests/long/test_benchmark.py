@@ -21,7 +21,8 @@ def test_the_benchmark_measures_servers_over_both_protocols_and_draws_the_figure
         assert row["photos"] > 0
         assert row["errors"] == 0
         assert row["response_bytes"] > 10_000
-        assert row["server_cpu_ms_by_process"].keys() <= {"main", "worker", "tritonserver", "stubs", "helpers"}
+        kinds = {"main", "frontend", "worker", "tritonserver", "stubs", "helpers"}
+        assert row["server_cpu_ms_by_process"].keys() <= kinds
     assert "| server/jpeg/http | http | encoded | 1 |" in done.stdout
 
     plot(report, tmp_path / "benchmark.png")
