@@ -37,9 +37,13 @@ def soft_cut_out(photo: object, probability: torch.Tensor, threshold: float, edg
     edge / 2)`` and ``high = min(1, threshold + edge / 2)``: a probability of 0 is always transparent, and 1 opaque.
     """
     photo = torch.from_dlpack(photo)
+    edge = max(edge, 1e-6)  # float32, in which the probabilities are, tells no more apart near 1
     low, high = max(0, threshold - edge / 2), min(1, threshold + edge / 2)
-    slope = 255 / max(high - low, 1e-6)  # also if the edge is too narrow for a float
-    alpha = _enlarge(probability[None], photo.shape[:2], lambda band: (slope * (band[0] - low)).round_().clamp_(0, 255))
+    slope = 255 / (high - low)
+    # In float64, because float32 would round a low just below 1 up to 1, and a probability of 1 would be transparent.
+    alpha = _enlarge(
+        probability[None], photo.shape[:2], lambda band: (slope * (band[0].double() - low)).round_().clamp_(0, 255)
+    )
     alpha = alpha[..., None]
     return torch.cat([photo * (alpha > 0), alpha], dim=2)
 
