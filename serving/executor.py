@@ -12,7 +12,7 @@ from pytriton.proxy.types import Request
 
 from serving.channel import SLACK_BYTES, Channel
 from serving.device import check_device, open_stream
-from serving.errors import InferenceFailed, RequestError
+from serving.errors import InferenceFailed, InvalidRequest, RequestError
 from serving.memory import ResponseMemory, StoredResponse
 from serving.stages import Checked, Stages
 
@@ -69,15 +69,20 @@ class Executor:
         with self._stream:
             results = self.stages([job.content for job in jobs])
             results = [result if isinstance(result, Checked) else Checked(result, True, None) for result in results]
-            responses = [
-                self._memories[job.channel].store(result.outputs) for job, result in zip(jobs, results, strict=True)
-            ]
+            responses = [self._store(job, result.outputs) for job, result in zip(jobs, results, strict=True)]
             # Up to here, work for the GPU is only queued, except for the encoding of JPEGs, which blocks.
             self._stream.wait()
         return [
             response if bool(result.valid) else result.error
             for response, result in zip(responses, results, strict=True)
         ]
+
+    def _store(self, job: Job, outputs: Mapping[str, object]) -> StoredResponse | InvalidRequest:
+        # A response that is too large must not make the batcher compute the others in the batch again.
+        try:
+            return self._memories[job.channel].store(outputs)
+        except InvalidRequest as error:
+            return error
 
     def explain(self, error: Exception) -> RequestError:
         """Return the error for the client. Ends the process if the GPU is lost."""

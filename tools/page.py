@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from serving.options import number
 from tools.launch import LaunchedServer, free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,8 +28,11 @@ MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
 
 
 def configure(folder: Path, port: int, server: LaunchedServer) -> Path:
-    """Copy deploy/ into a folder, with other ports and without keys. Return the path of nginx.conf."""
-    deploy = Path(shutil.copytree(ROOT / "deploy", folder / "deploy"))
+    """Put the proxy's files into a folder, with other ports and without keys. Return the path of nginx.conf."""
+    # Other users can read this folder. deploy/ has the keys, and perhaps other files of the user.
+    deploy = folder / "deploy"
+    shutil.copytree(ROOT / "deploy" / "page", deploy / "page")
+    shutil.copy(ROOT / "deploy" / "infer.js", deploy)
     (grpc_port,) = free_ports(1)
     for name, replacements in {
         "nginx.conf": {
@@ -37,7 +41,7 @@ def configure(folder: Path, port: int, server: LaunchedServer) -> Path:
         },
         "servers.conf": {"127.0.0.1:8000": f"127.0.0.1:{server.http_port}", "127.0.0.1:8001": server.grpc_url[7:]},
     }.items():
-        text = (deploy / name).read_text()
+        text = (ROOT / "deploy" / name).read_text()
         for there, here in replacements.items():
             if text.count(there) != 1:
                 raise ValueError(f"deploy/{name} must contain {there!r} exactly once; deploy it as in docs/security.md")
@@ -77,13 +81,13 @@ def serve(port: int, options: Sequence[str]) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Check the requirements, and serve. Return the exit status. A missing requirement is one line, and status 2."""
     parser = argparse.ArgumentParser(prog="tools.page", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
-    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--port", type=number(int, 1, 65535), default=8080)
     known, options = parser.parse_known_args(arguments)
     if not NGINX or not MODULE.exists():
         parser.exit(2, "tools.page: nginx or its module is missing: apt install nginx libnginx-mod-http-js\n")
     try:
         socket.create_server(("127.0.0.1", known.port)).close()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         parser.exit(2, f"tools.page: cannot listen on port {known.port} ({error}): choose another one with PORT=8090\n")
     for signal_number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signal_number, lambda received, _: sys.exit(128 + received))  # exits the blocks that stop both

@@ -12,6 +12,7 @@ from collections import namedtuple
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -419,6 +420,22 @@ def test_without_nginx_make_page_says_what_to_install(monkeypatch, capsys, tmp_p
     assert capsys.readouterr().err == (
         "tools.page: nginx or its module is missing: apt install nginx libnginx-mod-http-js\n"
     )
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536", "http"])
+def test_make_page_says_which_ports_there_are(port):
+    done = run_python("-m", "tools.page", "--port", port)
+    assert (done.returncode, done.stdout) == (2, "")
+    expected = f"tools.page: error: argument --port: must be a whole number between 1 and 65535, not {port}\n"
+    assert done.stderr == expected
+
+
+def test_make_page_copies_no_keys_and_nothing_else_that_lies_beside_them(tmp_path):
+    server = SimpleNamespace(http_port=1, grpc_url="grpc://127.0.0.1:2")
+    assert tools.page.configure(tmp_path, 3, server).parent == tmp_path / "deploy"
+    copied = {path.name for path in (tmp_path / "deploy").iterdir()}
+    assert copied == {"nginx.conf", "servers.conf", "infer.js", "api_keys.conf", "page"}
+    assert (tmp_path / "deploy" / "api_keys.conf").read_text() == "default anyone;\n"
 
 
 def test_a_full_disk_is_one_line(tmp_path):

@@ -125,6 +125,14 @@ def test_a_result_that_is_not_finite_is_an_error(running, monkeypatch):
     assert mask(running([both])[0]).mean() > 0.3
 
 
+def test_a_response_that_is_too_large_does_not_fail_its_batch(running):
+    large = job(running, "cat", (1400, 1400), ("original", "segmented", "probability", "labels"))
+    error, answer = running([large, job(running, "person")])
+    assert type(error) is InvalidRequest
+    assert "request fewer outputs" in str(error)
+    assert mask(answer).mean() > 0.3
+
+
 def test_the_warm_up_does_not_depend_on_the_sample_photo_or_its_size(running):
     options = options_for(running.device, max_pixels=1, max_batch_size=1)
     assert RunningStages(Segmentation, options, running.device).stages

@@ -187,6 +187,16 @@ def test_the_narrowest_edge_is_a_hard_one(device):
         np.testing.assert_array_equal(alpha[clear], 255 * (expected > 0.5)[clear])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("edge", [1, 1e-4, 1e-6, 1e-300])
+@pytest.mark.parametrize("threshold", [0, 1e-320, 0.5, 1])
+def test_at_any_edge_0_is_transparent_and_1_opaque(device, threshold, edge):
+    photo = torch.full((2, 2, 3), 7, dtype=torch.uint8, device=device)
+    for probability, alpha in ((0.0, 0), (1.0, 255)):
+        pixels = soft_cut_out(photo, torch.full((2, 2), probability, device=device), threshold, edge)
+        assert pixels[..., 3].unique().tolist() == [alpha]
+
+
 LARGE_MAPS = """
 import resource, torch
 from maps import label_map, probability_map
