@@ -182,10 +182,10 @@ def test_a_page_that_nginx_may_not_read_asks_nobody_for_a_key(server):
 
 
 @NEEDS_NGINX
-def test_a_malformed_request_for_the_page_is_refused_like_any_other(proxy):
+def test_a_malformed_request_for_the_page_is_rejected_like_any_other(proxy):
     chunks = "Transfer-Encoding: chunked"
-    assert refusal(proxy.http_port, "GET", "/app.js", chunks, body=b"hello") == (400, SENTENCES[400])
-    assert refusal(proxy.http_port, "GET", f"/?{9000 * 'a'}") == (400, SENTENCES[400])
+    assert rejection(proxy.http_port, "GET", "/app.js", chunks, body=b"hello") == (400, SENTENCES[400])
+    assert rejection(proxy.http_port, "GET", f"/?{9000 * 'a'}") == (400, SENTENCES[400])
 
 
 @NEEDS_NGINX

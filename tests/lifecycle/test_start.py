@@ -430,7 +430,7 @@ def test_make_page_says_which_ports_there_are(port):
     assert done.stderr == expected
 
 
-def test_make_page_copies_no_keys_and_nothing_else_that_lies_beside_them(tmp_path):
+def test_make_page_copies_no_keys_and_no_other_files(tmp_path):
     server = SimpleNamespace(http_port=1, grpc_url="grpc://127.0.0.1:2")
     assert tools.page.configure(tmp_path, 3, server).parent == tmp_path / "deploy"
     copied = {path.name for path in (tmp_path / "deploy").iterdir()}
