@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from client_report import printable, say
+from client_report import say
 from connection import ClientError
 
 PHOTO_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
@@ -76,7 +76,7 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
     skipped = +skipped
     if skipped:
         kinds = ", ".join(f"{number} {kind}" for kind, number in skipped.most_common())
-        say(f"skipping {skipped.total()} files: {printable(kinds)}")
+        say(f"skipping {skipped.total()} files: {kinds}")
     return photos
 
 

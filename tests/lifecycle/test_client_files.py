@@ -16,6 +16,7 @@ from conftest import ROOT, SAMPLES, run_python, sample
 from PIL import Image
 
 from client_files import RECORD, OutputFolder
+from client_report import Result
 
 PERSON, CAT = SAMPLES["person"][0], SAMPLES["cat"][0]
 
@@ -162,6 +163,25 @@ def test_a_damaged_record_costs_no_later_line(tmp_path):
     (tmp_path / RECORD).write_bytes(b"[" * 100_000 + b'\n[]\n\xff\n{"photo": "a.jpg", "sha')
     OutputFolder(tmp_path).write(Path("a.jpg"), tmp_path / "a.png", b"cut out")
     assert OutputFolder(tmp_path).wrote(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("line", ['{"file": "cat.jpg", "label": 3}', "[" * 100_000, "[]"])
+def test_json_of_somebody_else_is_no_report(run_client, tmp_path, line):
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text(line)
+    done = run_client("--url", "http://127.0.0.1:9", "--image-paths", PERSON, "--report", labels)
+    assert done.status == 2
+    assert "labels.jsonl exists, and is not as this client wrote it: set another file" in done.err
+    assert labels.read_text() == line
+
+
+def test_the_last_report_stays_until_something_can_be_sent(run_client, tmp_path):
+    report = tmp_path / "report.jsonl"
+    report.write_text(json.dumps(Result("photo.jpg")._asdict()) + "\n")
+    before = report.read_text()
+    arguments = ("--image-paths", PERSON, "--report", report)
+    assert run_client("--url", "http://127.0.0.1:9", "--init-timeout-s", 0, *arguments).status == 2
+    assert report.read_text() == before
 
 
 @pytest.mark.parametrize("kind", ["a link", "a pipe", "a folder"])
