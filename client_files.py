@@ -63,7 +63,7 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
             found = [file for file in files if is_photo(file)]
             nothing = f"contains no photos ({', '.join(sorted(PHOTO_ENDINGS))})"
         elif os.path.lexists(path) or not glob.has_magic(pattern):
-            if not (output_dir and path.parent.resolve() == output_dir.resolve() and is_own(path)):
+            if not (output_dir and os.path.realpath(path.parent) == os.path.realpath(output_dir) and is_own(path)):
                 photos.append(Photo(path, problem_of(path)))
             continue
         else:

@@ -46,6 +46,8 @@ class Lifecycle:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._leave)
+        # If the parent ignores it, and so this process as well, nobody could tell how a child ended.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
