@@ -23,10 +23,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from client_files import OutputFolder, PhotoFile, find_photos
-from client_report import Report, Result, say
+from client_report import Report, Result, Speaker, say
 from connection import MODEL_NAME, ClientError, Connection, InferenceError
 from photo import read_photo
 
@@ -68,6 +67,7 @@ def segment_file(
     response = {name: array[0] for name, array in connection.infer(encoded, outputs, parameters).items()}
     took = time.monotonic() - began
     mask, original, cut_out = response["mask"], response.get("original"), response.get("encoded")
+    height, width = mask.shape
     contents = {
         "orig": lambda: jpeg_file(upright(encoded) if original is None else Image.fromarray(original)),
         "segm": lambda: cut_out.tobytes() if cut_out is not None else jpeg_file(cut(original, mask)),
@@ -75,7 +75,6 @@ def segment_file(
     }
     for kind, target in targets.items():
         output.write(path, target, contents[kind]())
-    height, width = mask.shape
     size = None if cut_out is None else len(cut_out)
     kept = round(float((mask > 0).mean()), 6)
     files = [str(target) for target in targets.values()]
@@ -263,7 +262,8 @@ def send_all(options: argparse.Namespace) -> int:
     report = Report(options.report, output.obstacle(options.report) if options.report else "")
     connection = Connection(options.url, api_key=options.api_key, ca_file=options.ca_file, retry_s=options.retry_s)
     connection.wait_for_model(options.init_timeout_s)
-    with ThreadPoolExecutor(options.concurrency) as pool, logging_redirect_tqdm():
+    report.begin()
+    with ThreadPoolExecutor(options.concurrency) as pool:
         return send_tasks(tasks, pool, connection, output, report, options)
 
 
@@ -285,15 +285,15 @@ def send_tasks(
         say(f"client.py: {photos}, {seconds:.1f} s, {succeeded / seconds:.1f} photos/s")
 
     futures: dict[Future, Path] = {}
-    for task in tasks:
-        if task.photo.problem:
-            report.add(Result(str(task.photo.path), error=task.photo.problem))
-            failed += 1
-        else:
-            future = pool.submit(segment_file, connection, task.photo.path, task.targets, output, options)
-            futures[future] = task.photo.path
-    hide = True if len(futures) < 2 else None  # None: unless stderr is a terminal
     try:
+        for task in tasks:
+            if task.photo.problem:
+                report.add(Result(str(task.photo.path), error=task.photo.problem))
+                failed += 1
+            else:
+                future = pool.submit(segment_file, connection, task.photo.path, task.targets, output, options)
+                futures[future] = task.photo.path
+        hide = True if len(futures) < 2 else None  # None: unless stderr is a terminal
         finished = as_completed(futures)
         for future in tqdm(finished, total=len(futures), unit=" photos", bar_format=PROGRESS, disable=hide):
             try:
@@ -321,7 +321,7 @@ def send_tasks(
 def main() -> None:
     """Run the client. The module's docstring lists the exit statuses."""
     options = parse_options()
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(handlers=[Speaker()])
     LOGGER.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # and not closed

@@ -15,13 +15,14 @@ import os
 import secrets
 import stat
 import threading
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
-from client_report import printable, say
+from client_report import say
 from connection import ClientError
 
 PHOTO_EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
@@ -62,7 +63,7 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
             found = [file for file in files if is_photo(file)]
             nothing = f"contains no photos ({', '.join(sorted(PHOTO_EXTENSIONS))})"
         elif os.path.lexists(path) or not glob.has_magic(pattern):
-            if not (output_dir and path.parent.resolve() == output_dir.resolve() and is_own(path)):
+            if not (output_dir and os.path.realpath(path.parent) == os.path.realpath(output_dir) and is_own(path)):
                 photos.append(PhotoFile(path, problem_of(path)))
             continue
         else:
@@ -75,7 +76,7 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
     skipped = +skipped
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
-        say(f"skipping {skipped.total()} files: {printable(kinds)}")
+        say(f"skipping {skipped.total()} files: {kinds}")
     return photos
 
 
@@ -116,12 +117,12 @@ class OutputFolder:
         self._lock = threading.Lock()
         self._written: set[tuple[str, str]] = set()  # names of files and their SHA-256
         self._owners: dict[str, str] = {}  # a name's photo; some file systems ignore case
-        with contextlib.suppress(OSError):  # without a record, no file is the client's
-            for line in (folder / RECORD).read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a truncated line
+        with contextlib.suppress(OSError), self._open_record(errors="replace") as record:  # if there is one
+            for line in record:
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a damaged line
                     entry = json.loads(line)
                     self._written.add((entry["file"], entry["sha256"]))
-                    self._owners[str(entry["file"]).casefold()] = entry["photo"]
+                    self._owners[_caseless(str(entry["file"]))] = entry["photo"]
 
     def create(self) -> None:
         """Create the folder unless it exists. Raises ClientError."""
@@ -131,10 +132,14 @@ class OutputFolder:
             raise ClientError(f"--output-dir: cannot create {self.folder} ({error.strerror})") from error
         if not os.access(self.folder, os.W_OK):
             raise ClientError(f"--output-dir: cannot write to {self.folder}")
+        try:
+            self._open_record("ab").close()
+        except OSError as error:
+            raise ClientError(f"--output-dir: cannot write {self.folder / RECORD} ({error.strerror})") from error
 
     def wrote(self, file: Path) -> bool:
         """Return whether the client wrote a file of this folder, and it is unchanged."""
-        if file.name.casefold() not in self._owners:
+        if _caseless(file.name) not in self._owners:
             return False
         try:
             with file.open("rb") as content:
@@ -157,18 +162,19 @@ class OutputFolder:
             }
             files = {kind: self.folder / name for kind, name in names.items()}
             if all(self._is_available(file, owner) for file in files.values()):
-                self._owners |= {name.casefold(): owner for name in names.values()}
+                self._owners |= {_caseless(name): owner for name in names.values()}
                 return files
         raise AssertionError
 
     def _is_available(self, file: Path, owner: str) -> bool:
-        known = self._owners.get(file.name.casefold())
+        known = self._owners.get(_caseless(file.name))
         if known is not None:
             return known == owner and _identity(file) not in self._photos
         return not os.path.lexists(file) or (self._overwrite and _identity(file) not in self._photos)
 
     def _relative(self, photo: Path) -> str:
-        return os.path.relpath(photo, self.folder)
+        # Of real folders, because ".." in a path is not the way back through a symbolic link.
+        return os.path.relpath(Path(os.path.realpath(photo.parent), photo.name), os.path.realpath(self.folder))
 
     def obstacle(self, file: Path) -> str:
         """Return why a file must not be written, or an empty string."""
@@ -183,13 +189,18 @@ class OutputFolder:
         return f"{file} exists, and this client did not write it in this form"
 
     def write(self, photo: Path, file: Path, content: bytes) -> None:
-        """Write and record a file about a photo. An interruption leaves either the complete file or none."""
+        """Write and record a file about a photo. An interruption leaves either the complete file or none.
+
+        Raises OSError, also if another program has written the file since :meth:`obstacle` was called.
+        """
         sha256 = hashlib.sha256(content).hexdigest()
         entry = {"photo": self._relative(photo), "sha256": sha256, "file": file.name}
         unfinished = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
         with self._lock:
             try:
                 unfinished.write_bytes(content)
+                if obstacle := self.obstacle(file):  # such as a file of another client
+                    raise FileExistsError(errno.EEXIST, obstacle)
                 self._record(entry)  # first, or an interruption could leave a file without a record
                 unfinished.replace(file)
             except OSError as error:
@@ -198,19 +209,26 @@ class OutputFolder:
             self._written.add((file.name, sha256))
 
     def _record(self, entry: Mapping[str, str]) -> None:
-        line = json.dumps(entry) + "\n"
-        with (self.folder / RECORD).open("ab", buffering=0) as record:
-            size = record.tell()
-            try:
-                if record.write(line.encode()) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                record.truncate(size)
-                raise
+        line = "\n" + json.dumps(entry)  # on a line of its own, even if the last one was cut off
+        with self._open_record("ab", buffering=0) as record:
+            if record.write(line.encode()) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _open_record(self, *arguments: object, **options: object) -> IO:
+        path = self.folder / RECORD
+        # A link may point to anybody's file, and opening a pipe might wait forever.
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            raise OSError(errno.EINVAL, "it is not a file")
+        return path.open(*arguments, **options)
 
     def stop(self) -> None:
         """Wait for the file that is being written, and block all further ones. Call it before the process exits."""
         self._lock.acquire()
+
+
+def _caseless(name: str) -> str:
+    """Return what two names have in common if a file system may take them for the same, as that of macOS does."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

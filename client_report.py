@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import NamedTuple, TextIO
 from tqdm import tqdm
 
 from connection import ClientError
+
+MAX_LINE_BYTES = 1 << 20  # of a report
 
 
 class Result(NamedTuple):
@@ -49,13 +52,19 @@ class Report:
             try:
                 if path.is_file():
                     with path.open("rb") as existing:
-                        if existing.read(9) in (b"", b'{"file": '):  # a report of an earlier run
+                        if is_report(existing.readline(MAX_LINE_BYTES)):
                             obstacle = ""
                 if obstacle and (path.is_file() or path.is_dir()):  # and not a pipe
                     raise ClientError(f"--report: {obstacle}: set another file, or --overwrite")
-                self._json = path.open("w")
+                self._json = path.open("a")
             except OSError as error:
                 raise ClientError(f"--report: cannot write {path} ({error.strerror})") from None
+
+    def begin(self) -> None:
+        """Empty the file, which until then has the report of an earlier run."""
+        if self._json and self._json is not sys.stdout:
+            with contextlib.suppress(OSError):  # a pipe
+                self._json.truncate(0)
 
     @property
     def is_read(self) -> bool:
@@ -86,12 +95,29 @@ class Report:
         return stream
 
 
+def is_report(line: bytes) -> bool:
+    """Return whether this is the first line of a report, or of an empty file."""
+    try:
+        return not line or tuple(json.loads(line)) == Result._fields
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
 def say(line: str) -> None:
-    """Print a line to stderr, above the progress bar."""
-    with contextlib.suppress(OSError), tqdm.external_write_mode(sys.stderr):
-        print(line, file=sys.stderr, flush=True)
+    """Print a line to stderr, above the progress bar. Parts of it may come from the server."""
+    if sys.stderr:  # and not closed
+        with contextlib.suppress(OSError), tqdm.external_write_mode(sys.stderr):
+            print(printable(line), file=sys.stderr, flush=True)
+
+
+class Speaker(logging.Handler):
+    """Prints log messages with :func:`say`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message."""
+        say(record.getMessage())
 
 
 def printable(text: str) -> str:
-    """Return the text as one line for a terminal: the name of a file may contain any character."""
+    """Return the text as one line for a terminal: names of files and errors of servers may contain any character."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

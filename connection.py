@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The client's connection to a model on a server: HTTP or gRPC, with or without TLS, an API key and retries."""
 
+import contextlib
 import ipaddress
 import logging
 import math
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlsplit
 
+import gevent
 import numpy as np
 import tritonclient.grpc
 import tritonclient.http
@@ -73,6 +75,7 @@ class Connection:
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             port = parts.port
+            (parts.hostname or "").encode("idna")  # as the socket module does when it looks for the address
         except ValueError as error:
             raise ClientError(f"--url {url}: {error}") from None
         if parts.scheme not in DEFAULT_PORTS or not parts.hostname or "@" in parts.netloc or parts.path.strip("/"):
@@ -88,7 +91,9 @@ class Connection:
         self.model_name = model_name
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._tls = self._scheme in ("https", "grpcs")
-        self._certificates = _check_certificates(ca_file) if ca_file else _system_certificates()
+        self._certificates = _check_certificates("--ca-file", ca_file) if ca_file else _system_certificates()
+        if self._tls and self._certificates and not ca_file:
+            _check_certificates("SSL_CERT_FILE", self._certificates)
         self._retry_s = retry_s
         self._failing_since: float | None = None  # all requests since then have failed
         self._announced = -math.inf
@@ -126,12 +131,13 @@ class Connection:
     def _is_ready(self, timeout_s: float) -> bool:
         if self._is_grpc:
             return self.client.is_model_ready(self.model_name, client_timeout=timeout_s)
-        with self._new_http_client(timeout_s, timeout_s) as client:
+        # The client's own timeouts start again with each byte that arrives.
+        with gevent.Timeout(timeout_s, TimeoutError("timed out")), self._new_http_client() as client:
             return client.is_model_ready(self.model_name)
 
     def _check_tls(self) -> bool:
         """Raise ClientError if the URL and the server do not agree about TLS. Return whether the port is open."""
-        context = ssl.create_default_context(cafile=self._certificates)
+        context = ssl.create_default_context(cafile=self._certificates if self._tls else None)
         if not (self._tls and self._certificates):
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -184,9 +190,9 @@ class Connection:
                 now = time.monotonic()
                 first_failure = first_failure or now
                 # If the server does not respond to any request, a thousand photos must not wait one after another.
-                self._failing_since = self._failing_since or now
+                self._failing_since = failing_since = self._failing_since or now
                 jittered = pause * random.uniform(0.5, 1)  # so that clients do not all retry at the same time
-                if now + jittered > min(first_failure, self._failing_since) + self._retry_s:
+                if now + jittered > min(first_failure, failing_since) + self._retry_s:
                     raise
                 # A busy server would fill the log.
                 level = logging.INFO if now > self._announced + ANNOUNCE_S else logging.DEBUG
@@ -211,18 +217,21 @@ class Connection:
             options["outputs"] = [self._triton.InferRequestedOutput(name) for name in outputs]
         began = time.monotonic()
         try:
-            result = self.client.infer(
-                self.model_name,
-                [self.image_input(encoded)],
-                parameters=dict(parameters or {}),
-                timeout=timeout_us,
-                headers=self._headers,
-                **options,
-            )
+            with contextlib.nullcontext() if self._is_grpc else gevent.Timeout(REQUEST_TIMEOUT_S, TimeoutError):
+                result = self.client.infer(
+                    self.model_name,
+                    [self.image_input(encoded)],
+                    parameters=dict(parameters or {}),
+                    timeout=timeout_us,
+                    headers=self._headers,
+                    **options,
+                )
             response = result.get_response()
             received = response["outputs"] if isinstance(response, dict) else response.outputs
             names = [output["name"] if isinstance(output, dict) else output.name for output in received]
             arrays = {name: result.as_numpy(name) for name in names}
+            if missing := [name for name in outputs if arrays.get(name) is None or not arrays[name].size]:
+                raise ValueError(f"without {missing[0]}")
         except Exception as error:
             if not isinstance(error, InferenceServerException):
                 self._local.__dict__.clear()  # a broken HTTP connection cannot be reused
@@ -277,13 +286,10 @@ class Connection:
             self._local.client = self._new_grpc_client() if self._is_grpc else self._new_http_client()
         return self._local.client
 
-    def _new_http_client(
-        self, connect_timeout_s: float = 60, timeout_s: float = REQUEST_TIMEOUT_S
-    ) -> tritonclient.http.InferenceServerClient:
+    def _new_http_client(self) -> tritonclient.http.InferenceServerClient:
         return tritonclient.http.InferenceServerClient(
             self._address,
-            connection_timeout=connect_timeout_s,
-            network_timeout=timeout_s,
+            network_timeout=REQUEST_TIMEOUT_S,
             ssl=self._tls,
             ssl_options={"ca_certs": self._certificates} if self._tls and self._certificates else None,
         )
@@ -308,21 +314,21 @@ def _system_certificates() -> str | None:
     return next((file for file in files if file and Path(file).exists()), None)
 
 
-def _check_certificates(ca_file: Path) -> str:
+def _check_certificates(option: str, ca_file: str | Path) -> str:
     """Return the path of a file with certificates. Raises ClientError."""
     try:
         ssl.create_default_context(cafile=ca_file)
     except ssl.SSLError:
-        raise ClientError(f"--ca-file: {ca_file} contains no certificate in PEM format") from None
+        raise ClientError(f"{option}: {ca_file} contains no certificate in PEM format") from None
     except OSError as error:
-        raise ClientError(f"--ca-file: cannot read {ca_file} ({error.strerror})") from None
+        raise ClientError(f"{option}: cannot read {ca_file} ({error.strerror})") from None
     return str(ca_file)
 
 
 def explain(error: Exception) -> str:
     """Return the relevant line of an error, which PyTriton and Triton wrap in tracebacks."""
-    said = error.message() if isinstance(error, InferenceServerException) else str(error)
-    text = said.split("\nAt:\n")[0].strip() or type(error).__name__
+    said = error.message() if isinstance(error, InferenceServerException) else error
+    text = str(said).split("\nAt:\n")[0].strip() or type(error).__name__
     if "Exceeds maximum queue size" in text:
         return "the server is busy and its queue is full: send the photo again later"
     if "while decoding the response" in text:  # such as a load balancer's page

@@ -46,6 +46,8 @@ class Lifecycle:
             if signal_number != signal.SIGHUP or signal.getsignal(signal_number) != signal.SIG_IGN:  # by nohup
                 signal.signal(signal_number, self._on_signal)
         signal.signal(signal.SIGALRM, self._leave)
+        # If the parent ignores it, and so this process as well, nobody could tell how a child ended.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:

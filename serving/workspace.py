@@ -27,7 +27,7 @@ def find_folder(model_name: str = "model") -> Path:
     if not os.access("/tmp", os.W_OK | os.X_OK):
         raise UsageError("Triton needs to create files in /tmp: mount a writable folder there")
     home = os.environ.get("PYTRITON_HOME")
-    for folder in [Path(home).resolve()] if home else _default_folders():
+    for folder in [Path(os.path.realpath(home))] if home else _default_folders():
         if not (problem := _find_problem(folder, model_name)):
             return folder
         LOGGER.debug(problem)
@@ -44,7 +44,7 @@ def _default_folders() -> list[Path]:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except RuntimeError:  # the user has no home
         return [Path("/tmp")]
-    return [cache.resolve() / "pytriton", Path("/tmp")]
+    return [Path(os.path.realpath(cache)) / "pytriton", Path("/tmp")]
 
 
 def _find_problem(folder: Path, model_name: str) -> str:

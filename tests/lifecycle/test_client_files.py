@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT, SAMPLES, run_python, sample
 from PIL import Image
 
-from client_files import RECORD
+from client_files import RECORD, OutputFolder
+from client_report import Result
 
 PERSON, CAT = SAMPLES["person"][0], SAMPLES["cat"][0]
 
@@ -117,6 +118,81 @@ def test_a_run_is_resumed_after_photos_were_added_and_removed(run_client, mask_s
     done = run_client("--url", "http://127.0.0.1:9", *arguments)
     assert (done.status, done.out) == (0, "")
     assert done.err == "skipping 4 of 4 photos: their output files exist\n"
+
+
+def test_of_two_clients_at_once_none_replaces_a_file_of_the_other(tmp_path):
+    endings = {"segm": "png"}
+    clients = [OutputFolder(tmp_path) for _ in range(2)]
+    files = [
+        client.named(Path(place, "beach.jpg"), endings)["segm"] for place, client in zip("ab", clients, strict=True)
+    ]
+    assert files[0] == files[1]
+    clients[0].write(Path("a/beach.jpg"), files[0], b"first")
+    with pytest.raises(OSError, match="exists, and is not as this client wrote it"):
+        clients[1].write(Path("b/beach.jpg"), files[1], b"second")
+    assert digests(tmp_path) == {"beach.png": b"first"}
+    assert not [*tmp_path.glob(".*.part")]
+    # The next run gives it another name.
+    assert OutputFolder(tmp_path).named(Path("b/beach.jpg"), endings) == {"segm": tmp_path / "beach-2.png"}
+
+
+def test_photos_whose_paths_look_the_same_through_links_do_not_share_a_name(tmp_path):
+    (tmp_path / "out").mkdir()
+    photos = []
+    for place in "ab":
+        photos.append(tmp_path / place / "photos" / "beach.jpg")
+        photos[-1].parent.mkdir(parents=True)
+        (tmp_path / place / "out").symlink_to(tmp_path / "out")
+    for place, photo, name in zip("ab", photos, ["beach.png", "beach-2.png"], strict=True):
+        output = OutputFolder(tmp_path / place / "out")
+        file = output.named(photo, {"segm": "png"})["segm"]
+        assert file.name == name
+        output.write(photo, file, b"")
+    # Each keeps its name, whichever way leads there.
+    output = OutputFolder(tmp_path / "out")
+    assert [output.named(photo, {"segm": "png"})["segm"].name for photo in photos] == ["beach.png", "beach-2.png"]
+
+
+def test_names_that_a_file_system_may_take_for_the_same_are_told_apart(tmp_path):
+    names = ["\u00c9.jpg", "e\u0301.jpg"]  # composed, and as macOS writes it
+    output = OutputFolder(tmp_path)
+    assert [output.named(Path(name), {"segm": "png"})["segm"].name for name in names] == ["\u00c9.png", "e\u0301-2.png"]
+
+
+def test_a_damaged_record_costs_no_later_line(tmp_path):
+    (tmp_path / RECORD).write_bytes(b"[" * 100_000 + b'\n[]\n\xff\n{"photo": "a.jpg", "sha')
+    OutputFolder(tmp_path).write(Path("a.jpg"), tmp_path / "a.png", b"cut out")
+    assert OutputFolder(tmp_path).wrote(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("line", ['{"file": "cat.jpg", "label": 3}', "[" * 100_000, "[]"])
+def test_json_of_somebody_else_is_no_report(run_client, tmp_path, line):
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text(line)
+    done = run_client("--url", "http://127.0.0.1:9", "--image-paths", PERSON, "--report", labels)
+    assert done.status == 2
+    assert "labels.jsonl exists, and is not as this client wrote it: set another file" in done.err
+    assert labels.read_text() == line
+
+
+def test_the_last_report_stays_until_something_can_be_sent(run_client, tmp_path):
+    report = tmp_path / "report.jsonl"
+    report.write_text(json.dumps(Result("photo.jpg")._asdict()) + "\n")
+    before = report.read_text()
+    arguments = ("--image-paths", PERSON, "--report", report)
+    assert run_client("--url", "http://127.0.0.1:9", "--init-timeout-s", 0, *arguments).status == 2
+    assert report.read_text() == before
+
+
+@pytest.mark.parametrize("kind", ["a link", "a pipe", "a folder"])
+def test_a_record_that_is_not_a_file_is_neither_waited_for_nor_written(run_client, tmp_path, kind):
+    other = tmp_path / "other"
+    other.write_text("precious")
+    record = tmp_path / RECORD
+    {"a link": lambda: record.symlink_to(other), "a pipe": lambda: os.mkfifo(record), "a folder": record.mkdir}[kind]()
+    done = run_client("--url", "http://127.0.0.1:9", "--image-paths", PERSON, "--mask")
+    assert (done.status, done.err) == (2, f"client.py: --output-dir: cannot write {RECORD} (it is not a file)\n")
+    assert other.read_text() == "precious"
 
 
 @pytest.mark.parametrize("count", [1, 2])

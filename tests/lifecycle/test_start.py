@@ -38,7 +38,7 @@ from serving.errors import UsageError
 from serving.lifecycle import Lifecycle
 from serving.options import add_serving_options, make_parser
 from serving.triton import Triton
-from serving.workspace import create_workspace
+from serving.workspace import create_workspace, find_folder
 from tools.launch import free_ports
 
 TOKEN = "a-token_of-24-characters"
@@ -374,6 +374,17 @@ def test_a_home_that_triton_cannot_use_does_not_matter(home, monkeypatch, tmp_pa
     with create_workspace("model") as workspace:
         assert Path(workspace).parent in (Path("/tmp"), Path("/.cache/pytriton"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_that_is_a_loop_of_links_is_no_traceback(monkeypatch, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    monkeypatch.setenv("PYTRITON_HOME", str(loop))
+    with pytest.raises(UsageError, match="set PYTRITON_HOME to another folder"):
+        find_folder()
+    monkeypatch.delenv("PYTRITON_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(loop))
+    assert find_folder() == Path("/tmp")
 
 
 def test_many_idle_connections_write_nothing_into_the_log(servers):

@@ -28,7 +28,8 @@ from conftest import (
 
 from client import InferenceError
 
-IGNORING_SIGINT = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")  # as a shell does with a command before &
+# As a shell does SIGINT for a command before &, and some supervisors SIGCHLD.
+IGNORING_SIGNALS = ("sh", "-c", 'trap "" INT CHLD; exec "$@"', "sh")
 UNDER_LOAD = ("SIGTERM", "SIGINT", "Ctrl-C in a terminal")
 
 
@@ -63,7 +64,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
     busy = ("--max-queue", 100)
     servers = {
         "SIGTERM": start_toy(folder / "sigterm", *busy),
-        "SIGINT": start_toy(folder / "sigint", *busy, prefix=IGNORING_SIGINT),
+        "SIGINT": start_toy(folder / "sigint", *busy, prefix=IGNORING_SIGNALS),
         "Ctrl-C in a terminal": start_toy(folder / "ctrl-c", *busy),
         "long drain": start_toy(folder / "long", "--drain-s", 6, "--instances", 2, "--triton-timeout-s", 3),
         "short drain": start_toy(folder / "short", "--drain-s", 1),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """client.py: its requests, its files, its report and its exit status."""
 
+import contextlib
 import http.server
 import itertools
 import json
@@ -213,6 +214,67 @@ def url_of(request: pytest.FixtureRequest) -> str:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{other.server_port}"
         other.shutdown()
+
+
+class DrippingServer(http.server.BaseHTTPRequestHandler):
+    """Answers, one byte after the other."""
+
+    def do_GET(self) -> None:
+        with contextlib.suppress(OSError):  # until the client has gone
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            while True:
+                self.wfile.write(b"x: y\r\n")
+                time.sleep(0.1)
+
+
+class RudeServer(SlowServer):
+    """Rejects a photo, and tries to clear the terminal."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        body = json.dumps({"error": "\x1b[2J\x1b]0;owned\a denied"}).encode()
+        self.send_response(401)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class ForgetfulServer(SlowServer):
+    """Answers without what it was asked for."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        output = {"name": "original", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
+        body = json.dumps({"model_name": "ResNet101", "model_version": "1", "outputs": [output]}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.mark.parametrize("url_of", [DrippingServer], indirect=True)
+def test_a_server_that_goes_on_answering_is_not_waited_for_forever(run_client, url_of):
+    began = time.monotonic()
+    done = run_client("--url", url_of, "--init-timeout-s", 1)
+    assert time.monotonic() - began < 10
+    assert done.status == 2
+    assert done.err.splitlines()[-1].startswith(f"client.py: {url_of}: cannot reach the server (timed out)")
+
+
+@pytest.mark.parametrize("url_of", [RudeServer], indirect=True)
+def test_what_a_server_says_does_not_control_the_terminal(run_client, url_of):
+    done = run_client("--url", url_of, "--image-paths", SAMPLES["cat"][0], "\x1b[2Jmissing.jpg")
+    assert done.status == 2
+    assert r"\x1b[2J\x1b]0;owned\x07 denied" in done.err
+    assert r"\x1b[2Jmissing.jpg" in done.err
+    assert "\x1b" not in done.out + done.err
+
+
+@pytest.mark.parametrize("url_of", [ForgetfulServer], indirect=True)
+def test_an_answer_without_a_mask_is_incomplete(run_client, url_of):
+    done = run_client("--url", url_of, "--retry-s", 0)
+    assert (done.status, done.out) == (1, "")
+    assert "the answer is incomplete (without mask)\n" in done.err
 
 
 @pytest.mark.parametrize("url_of", [OtherServer], indirect=True)

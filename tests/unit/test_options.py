@@ -104,6 +104,7 @@ def test_an_error_in_the_clients_options_is_one_line(arguments, expected, capsys
         (["--api-key", "two words"], "--api-key must consist of printable ASCII characters without spaces"),
         (["--report", "missing/report"], "--report: cannot write missing/report (No such file or directory)"),
         (["--url", "http://[::1"], "--url http://[::1: Invalid IPv6 URL"),
+        (["--url", "https://a..example"], "--url https://a..example: encoding with 'idna' codec failed"),
     ],
 )
 def test_an_error_before_sending_is_one_line(arguments, expected):
@@ -111,6 +112,13 @@ def test_an_error_before_sending_is_one_line(arguments, expected):
         client.send_all(client.parse_options(arguments))
     assert str(error.value).startswith(expected)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_certificates_of_the_system_that_are_none_are_one_line(monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", __file__)
+    with pytest.raises(client.ClientError, match=r"^SSL_CERT_FILE: .* contains no certificate in PEM format$"):
+        client.Connection("grpcs://localhost")
+    client.Connection("grpc://localhost")  # needs none
 
 
 @pytest.mark.parametrize("token", ["", "too short", "with:a-colon-and=more"])
