@@ -42,12 +42,14 @@ class Lifecycle:
         self._pending = False
 
     def __enter__(self) -> "Lifecycle":
-        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, FAILURE):
+        signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, FAILURE
+        for signal_number in signals:
             if signal_number != signal.SIGHUP or signal.getsignal(signal_number) != signal.SIG_IGN:  # by nohup
                 signal.signal(signal_number, self._on_signal)
         signal.signal(signal.SIGALRM, self._leave)
         # If the parent ignores it, and so this process as well, nobody could tell how a child ended.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*signals, signal.SIGALRM})  # which the parent may have blocked
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:

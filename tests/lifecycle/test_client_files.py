@@ -128,7 +128,7 @@ def test_of_two_clients_at_once_none_replaces_a_file_of_the_other(tmp_path):
     ]
     assert files[0] == files[1]
     clients[0].write(Path("a/beach.jpg"), files[0], b"first")
-    with pytest.raises(OSError, match="exists, and is not as this client wrote it"):
+    with pytest.raises(OSError, match="exists, and this client did not write it in this form"):
         clients[1].write(Path("b/beach.jpg"), files[1], b"second")
     assert digests(tmp_path) == {"beach.png": b"first"}
     assert not [*tmp_path.glob(".*.part")]
@@ -171,7 +171,7 @@ def test_json_of_somebody_else_is_no_report(run_client, tmp_path, line):
     labels.write_text(line)
     done = run_client("--url", "http://127.0.0.1:9", "--image-paths", PERSON, "--report", labels)
     assert done.status == 2
-    assert "labels.jsonl exists, and is not as this client wrote it: set another file" in done.err
+    assert "labels.jsonl exists, and this client did not write it in this form: set another file" in done.err
     assert labels.read_text() == line
 
 

@@ -271,10 +271,10 @@ def test_what_a_server_says_does_not_control_the_terminal(run_client, url_of):
 
 
 @pytest.mark.parametrize("url_of", [ForgetfulServer], indirect=True)
-def test_an_answer_without_a_mask_is_incomplete(run_client, url_of):
+def test_a_response_without_a_mask_is_incomplete(run_client, url_of):
     done = run_client("--url", url_of, "--retry-s", 0)
     assert (done.status, done.out) == (1, "")
-    assert "the answer is incomplete (without mask)\n" in done.err
+    assert "the response is incomplete (without mask)\n" in done.err
 
 
 @pytest.mark.parametrize("url_of", [OtherServer], indirect=True)
