@@ -76,6 +76,8 @@ class Connection:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             port = parts.port
             (parts.hostname or "").encode("idna")  # as the socket module does when it looks for the address
+        except UnicodeError:
+            raise ClientError(f"--url {url}: {parts.hostname} is not a valid host name") from None
         except ValueError as error:
             raise ClientError(f"--url {url}: {error}") from None
         if parts.scheme not in DEFAULT_PORTS or not parts.hostname or "@" in parts.netloc or parts.path.strip("/"):

@@ -253,6 +253,12 @@ def http_connection(server: Server) -> Connection:
     return server.connect("http")
 
 
+def skip_if_in_tmp() -> None:
+    """Skip a test that mounts something over /tmp if the code or the interpreter is there."""
+    if any(path.is_relative_to("/tmp") for path in (ROOT, Path(sys.prefix))):
+        pytest.skip("needs a repository and an interpreter outside of /tmp")
+
+
 def with_tmpfs(path: str, size: str) -> list[str]:
     """Return a prefix for a command that mounts a small private file system at a path."""
     mount = f'mount -t tmpfs -o size={size} tmpfs "{path}" && exec "$@"'

@@ -104,7 +104,7 @@ def test_an_error_in_the_clients_options_is_one_line(arguments, expected, capsys
         (["--api-key", "two words"], "--api-key must consist of printable ASCII characters without spaces"),
         (["--report", "missing/report"], "--report: cannot write missing/report (No such file or directory)"),
         (["--url", "http://[::1"], "--url http://[::1: Invalid IPv6 URL"),
-        (["--url", "https://a..example"], "--url https://a..example: encoding with 'idna' codec failed"),
+        (["--url", "https://a..example"], "--url https://a..example: a..example is not a valid host name"),
     ],
 )
 def test_an_error_before_sending_is_one_line(arguments, expected):
