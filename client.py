@@ -27,9 +27,11 @@ from tqdm import tqdm
 from client_files import OutputFolder, PhotoFile, find_photos
 from client_report import Report, Result, Speaker, say
 from connection import MODEL_NAME, ClientError, Connection, InferenceError
+from palette import palette_png
 from photo import read_photo
 
 SAMPLE_PHOTO = Path(__file__).parent / "images" / "orig.jpg"
+MAPS = ("mask", "probability", "labels")
 FORMATS = {"raw": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}  # and their file extensions
 PROGRESS = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} photos [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
@@ -45,9 +47,7 @@ def wanted_files(options: argparse.Namespace) -> dict[str, str]:
         extensions["orig"] = "jpg"
     if options.dump_images or options.format != "raw":
         extensions["segm"] = FORMATS[options.format]
-    if options.mask:
-        extensions["mask"] = "png"
-    return extensions
+    return extensions | {name: "png" for name in MAPS if getattr(options, name)}
 
 
 def segment_file(
@@ -64,6 +64,7 @@ def segment_file(
         outputs, parameters = ["mask", "encoded"], parameters | {"format": options.format}
     elif options.dump_images:
         outputs = ["mask", "original"]  # from which the client computes "segmented"
+    outputs += [name for name in MAPS if name in targets and name not in outputs]
     response = {name: array[0] for name, array in connection.infer(encoded, outputs, parameters).items()}
     took = time.monotonic() - began
     mask, original, cut_out = response["mask"], response.get("original"), response.get("encoded")
@@ -71,7 +72,9 @@ def segment_file(
     contents = {
         "orig": lambda: jpeg_file(upright(encoded) if original is None else Image.fromarray(original)),
         "segm": lambda: cut_out.tobytes() if cut_out is not None else jpeg_file(cut(original, mask)),
-        "mask": lambda: png_file(Image.fromarray(mask)),
+        "mask": lambda: png_file(Image.fromarray(mask).convert("1", dither=Image.Dither.NONE)),
+        "probability": lambda: png_file(Image.fromarray(response["probability"])),
+        "labels": lambda: palette_png(response["labels"]),
     }
     for kind, target in targets.items():
         output.write(path, target, contents[kind]())
@@ -104,10 +107,10 @@ def jpeg_file(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def png_file(mask: Image.Image) -> bytes:
-    """Return a mask of 0 and 255 as a PNG file with one bit per pixel."""
+def png_file(image: Image.Image) -> bytes:
+    """Return the image as a PNG file."""
     stream = io.BytesIO()
-    mask.convert("1", dither=Image.Dither.NONE).save(stream, "PNG")
+    image.save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -139,6 +142,15 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="format in which the server sends the cut-out; jpeg, png and webp files are written unchanged",
     )
     add("--mask", action="store_true", help="write mask0.png, ...: white where the class was found")
+    add("--probability", action="store_true", help="write probability0.png, ...: white where the class is certain")
+    add("--labels", action="store_true", help="write labels0.png, ...: the color of the most probable class")
+    add(
+        "--edge",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="soften the edge of png and webp files: the range of probabilities that become half transparent "
+        "(default: 0, a hard edge)",
+    )
     add("--keep-names", action="store_true", help="name the files after the photos: beach.png instead of segm0.png")
     add(
         "--skip-existing",
@@ -202,10 +214,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"argument {name}: must be a finite number >= 0, not {seconds}")
     for name, is_set in (("--skip-existing", options.skip_existing), ("--keep-names", options.keep_names)):
         if is_set and not wanted_files(options):
-            parser.error(f"argument {name}: requires --dump-images, --mask or a --format other than raw")
+            parser.error(f"argument {name}: requires --dump-images, a --format other than raw, or a map such as --mask")
+    if hasattr(options, "edge") and options.format not in ("png", "webp"):
+        parser.error("argument --edge: requires --format png or webp")
     options.keep_names |= options.skip_existing
     options.parameters = {
-        name: getattr(options, name) for name in ("class_name", "threshold") if hasattr(options, name)
+        name: getattr(options, name) for name in ("class_name", "threshold", "edge") if hasattr(options, name)
     }
     return options
 

@@ -11,19 +11,12 @@ from nvidia import nvimgcodec
 from PIL import Image
 
 from jobs import ImageEncoding
+from palette import palette_png
 from serving import Deferred, InferenceFailed, InvalidRequest
 
 # Pillow's errors for a photo with too much detail, with libwebp's numbers: WebP limits the size of the first partition
 # of a file to 512 KB, and of the others to 16 MB.
 WEBP_LIMITS = ("encoding error 6", "encoding error 7")
-
-# Pascal VOC's colors: every third bit of a class's index belongs to red, green or blue. The lowest bits of the index
-# become the highest ones of the color, so that classes with similar indices look different.
-PALETTE = bytes(
-    sum((index >> (3 * place + channel) & 1) << (7 - place) for place in range(3))
-    for index in range(256)
-    for channel in range(3)
-)
 
 
 class Encode:
@@ -128,8 +121,5 @@ def _encode_webp(quality: int, pixels: np.ndarray) -> np.ndarray:
 
 
 def _encode_labels(labels: np.ndarray) -> np.ndarray:
-    """Return indices of classes, uint8 ``[H, W]``, as a palette PNG with the same values, uint8 ``[N]``."""
-    image, stream = Image.fromarray(labels), io.BytesIO()
-    image.putpalette(PALETTE)
-    image.save(stream, "png", compress_level=1)
-    return np.frombuffer(stream.getvalue(), np.uint8)
+    """Return indices of classes, uint8 ``[H, W]``, as a palette PNG, uint8 ``[N]``."""
+    return np.frombuffer(palette_png(labels), np.uint8)

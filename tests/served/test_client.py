@@ -120,6 +120,21 @@ def test_it_writes_the_servers_files_unchanged_with_the_original_upright_and_the
     )
 
 
+def test_it_writes_the_probability_the_labels_and_a_soft_edge(run_client, server, tmp_path):
+    options = ("--format", "png", "--edge", 0.8, "--probability", "--labels", "--output-dir", "out")
+    done = run_client("--url", server.http_url, *options)
+    assert done.status == 0, done.err
+    probability, labels, cut_out = (
+        Image.open(tmp_path / "out" / f"{name}0.png") for name in ("probability", "labels", "segm")
+    )
+    expected = server.connect("http").infer(PERSON.read_bytes(), ("probability", "labels"))
+    assert np.array_equal(np.asarray(probability), expected["probability"][0])
+    assert np.array_equal(np.asarray(labels), expected["labels"][0])
+    person = labels.convert("RGB").getpixel((labels.width // 2, labels.height // 2))
+    assert person == (192, 128, 128)  # in Pascal VOC's palette
+    assert len(np.unique(np.asarray(cut_out)[..., 3])) > 100
+
+
 def test_each_thread_keeps_a_connection_of_its_own():
     connection = client.Connection("127.0.0.1")
     with ThreadPoolExecutor(1) as pool:

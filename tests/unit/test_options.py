@@ -81,8 +81,9 @@ def test_help_shows_each_option_with_its_default(parse_options, capsys):
         (["--format", "gif"], "argument --format: invalid choice: 'gif' (choose from "),
         (["--retry-s", "-1"], "argument --retry-s: must be a finite number >= 0, not -1"),
         (["--init-timeout-s", "nan"], "argument --init-timeout-s: must be a finite number >= 0, not nan"),
-        (["--keep-names"], "argument --keep-names: requires --dump-images, --mask or a --format other than raw"),
-        (["--skip-existing"], "argument --skip-existing: requires --dump-images, --mask or a --format other than raw"),
+        (["--keep-names"], "argument --keep-names: requires --dump-images, a --format other than raw, or a map"),
+        (["--edge", "0.5"], "argument --edge: requires --format png or webp"),
+        (["--skip-existing"], "argument --skip-existing: requires --dump-images, a --format other than raw, or a map"),
     ],
 )
 def test_an_error_in_the_clients_options_is_one_line(arguments, expected, capsys):
