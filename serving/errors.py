@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exceptions that modules share. Each message is one line for the operator or the client."""
 
+import logging
+
+LOGGER = logging.getLogger("server")
+
 
 class ServerError(Exception):
     """The server cannot start or continue. A restart may help."""
@@ -12,6 +16,13 @@ class UsageError(ServerError):
     """The server cannot start until the user changes something, such as an option."""
 
     exit_status = 2
+
+
+def start_error(failure: str, error: BaseException) -> ServerError:
+    """Return the exception for a start that ``error`` ends, as one line. Logs the traceback if the log is verbose."""
+    LOGGER.debug(failure, exc_info=error)
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ServerError(f"{failure}: {reason}; --verbose shows where")
 
 
 class RequestError(Exception):

@@ -18,7 +18,7 @@ from pytriton.proxy.types import Request
 
 from serving.channel import Channel, open_channels
 from serving.device import list_devices
-from serving.errors import RequestError, ServerError, UsageError
+from serving.errors import RequestError, ServerError, UsageError, start_error
 from serving.frontend import Assignment, run_frontend
 from serving.instance import Instance
 from serving.lifecycle import Lifecycle
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from serving.pytriton_internals import FrontendModel
 
 CONNECT_TIMEOUT_S = 30
-GPUS_PER_TRITON = 2  # more of them did little more, as long as the network is fast; measured in docs/production.md
+GPUS_PER_TRITON = 2  # if the network is fast, more of them add little; measured in docs/production.md
 
 LOGGER = logging.getLogger("server")
 
@@ -139,10 +139,7 @@ class Fleet:
         except ServerError:
             raise
         except Exception as error:
-            LOGGER.debug("the limits failed", exc_info=error)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            failed = f"the limits of {self._stages.__name__} failed"
-            raise ServerError(f"{failed}: {reason}; --verbose shows where") from error
+            raise start_error(f"the limits of {self._stages.__name__} failed", error) from error
         try:
             return open_channels(count, request_bytes, response_bytes)
         except (OSError, OverflowError) as error:

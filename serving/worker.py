@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from serving.batcher import Batcher
 from serving.channel import Channel
 from serving.device import resolve_device
-from serving.errors import ServerError
+from serving.errors import ServerError, start_error
 from serving.executor import Executor, open_memories
 from serving.memory import fit_shared_memory
 from serving.options import device_default
@@ -67,9 +67,7 @@ def run_worker(
     except ServerError:
         raise
     except (Exception, SystemExit) as error:  # typically of torch or DALI, if the GPU's memory is full
-        LOGGER.debug("a worker failed to start", exc_info=error)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ServerError(f"a worker failed to start: {reason}; --verbose shows where") from error
+        raise start_error("a worker failed to start", error) from error
     LOGGER.removeHandler(warnings)
     # On a CPU, a batch takes as long as its jobs one after another, so large jobs gain nothing from sharing one.
     max_batch_weight = 1 if device_type == "cpu" else math.inf
