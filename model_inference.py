@@ -8,12 +8,12 @@ Usable without Triton and DALI::
     probabilities = network(images)  # [N, 3, S, S], normalized -> [N, 21, S, S]
 """
 
+import functools
 import logging
 import math
 import operator
 import time
 from collections.abc import Sequence
-from functools import reduce
 from reprlib import repr as shorten
 
 import torch
@@ -161,7 +161,7 @@ def add_classes(probabilities: torch.Tensor, classes: Sequence[Sequence[int]]) -
     ``probabilities`` is float32 ``[N, C, S, S]``, and ``classes`` has one index or more for each image.
     """
     pairs = zip(probabilities, classes, strict=True)
-    return torch.stack([reduce(torch.add, [image[index] for index in wanted]) for image, wanted in pairs])
+    return torch.stack([functools.reduce(torch.add, [image[index] for index in wanted]) for image, wanted in pairs])
 
 
 def load_network(
@@ -203,6 +203,7 @@ def pick_precision(device: torch.device) -> str:
     return "bf16" if speedup > MIN_SPEEDUP else "fp32"
 
 
+@functools.cache  # so that all executors of a worker choose the same
 @torch.inference_mode()
 def measure_bf16_speedup() -> float:
     """Return how many times as fast one core of this CPU is with bf16 as with fp32, after half a second.
@@ -211,20 +212,19 @@ def measure_bf16_speedup() -> float:
     convolutions of one of the 23 blocks in which a ResNet-101 spends most of its time.
     """
     convolutions = ((1024, 256, 1, 1), (256, 256, 3, 2), (256, 1024, 1, 1))  # channels, kernel size, dilation
-    block = torch.nn.Sequential(
-        *(torch.nn.Conv2d(*sizes, padding="same", dilation=dilation) for *sizes, dilation in convolutions)
-    )
-    fastest = dict.fromkeys(("fp32", "bf16"), math.inf)
+    runs, fastest = {}, dict.fromkeys(("fp32", "bf16"), math.inf)
+    for precision in fastest:
+        options = {"dtype": PRECISIONS[precision], "memory_format": torch.channels_last}
+        layers = (torch.nn.Conv2d(*sizes, padding="same", dilation=dilation) for *sizes, dilation in convolutions)
+        images = torch.ones(1, 1024, 28, 28).to(**options)  # an input of 224 x 224 pixels has this size here
+        runs[precision] = functools.partial(torch.nn.Sequential(*layers).to(**options), images)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so that thread_time covers all of the work, and nothing else
     deadline = time.perf_counter() + 0.5
     while time.perf_counter() < deadline:
-        for precision in fastest:
-            options = {"dtype": PRECISIONS[precision], "memory_format": torch.channels_last}
-            block.to(**options)
-            images = torch.ones(1, 1024, 28, 28).to(**options)  # an input of 224 x 224 pixels has this size here
+        for precision, run in runs.items():
             began = time.thread_time()
-            block(images)
+            run()
             fastest[precision] = min(fastest[precision], time.thread_time() - began)
     torch.set_num_threads(threads)
     return fastest["fp32"] / fastest["bf16"]

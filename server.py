@@ -109,15 +109,14 @@ class Segmentation(Stages):
                 cut_outs, masks = self.postprocess(photos, probability, [job.threshold for job in jobs])
                 for output, cut_out, mask in zip(outputs, cut_outs, masks, strict=True):
                     output |= {"segmented": cut_out, "mask": mask}
-            for index, (job, output, photo) in enumerate(zip(jobs, outputs, photos, strict=True)):
+            for job, output, photo, wanted, each in zip(jobs, outputs, photos, probability, probabilities, strict=True):
                 size = photo.shape()[:2]
                 if job.needs("probability"):
-                    output["probability"] = probability_map(probability[index], size)
+                    output["probability"] = probability_map(wanted, size)
                 if job.needs("labels"):
-                    output["labels"] = label_map(probabilities[index], size)
+                    output["labels"] = label_map(each, size)
                 if job.needs("soft_cut_out"):
-                    edge = job.encoding.edge
-                    output["soft_cut_out"] = soft_cut_out(photo, probability[index], job.threshold, edge)
+                    output["soft_cut_out"] = soft_cut_out(photo, wanted, job.threshold, job.encoding.edge)
         with nvtx.range("encode"):
             for output, file in zip(outputs, self.encode(outputs, [job.encoding for job in jobs]), strict=True):
                 output["encoded"] = file
