@@ -167,10 +167,10 @@ class OutputFolder:
         raise AssertionError
 
     def _is_available(self, file: Path, owner: str) -> bool:
+        if _identity(file) in self._photos:
+            return False
         known = self._owners.get(_caseless(file.name))
-        if known is not None:
-            return known == owner and _identity(file) not in self._photos
-        return not os.path.lexists(file) or (self._overwrite and _identity(file) not in self._photos)
+        return known == owner if known is not None else self._overwrite or not os.path.lexists(file)
 
     def _relative(self, photo: Path) -> str:
         # Of real folders, because ".." in a path is not the way back through a symbolic link.
@@ -209,7 +209,7 @@ class OutputFolder:
             self._written.add((file.name, sha256))
 
     def _record(self, entry: Mapping[str, str]) -> None:
-        line = "\n" + json.dumps(entry)  # on a line of its own, even if the last one was cut off
+        line = "\n" + json.dumps(entry)  # on a separate line, even if the last one is incomplete
         with self._open_record("ab", buffering=0) as record:
             if record.write(line.encode()) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

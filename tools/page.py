@@ -18,11 +18,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from connection import MODEL_NAME
 from serving.options import number
 from tools.launch import LaunchedServer, free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL_NAME = "ResNet101"
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
 
