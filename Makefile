@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# make run: serve, segment the sample photo, print the output paths.   make page: serve a page for browsers.
-# make test: run the tests.
+# make run: serve, segment the sample photo, print the output paths.   make page: serve the page for browsers.
+# make test: run the tests.   make serve: run the server.
 
 PYTHON ?= python3
 OUTPUT ?= output
@@ -31,7 +31,7 @@ run: .venv/run
 serve: .venv/run
 	$(BIN)/python server.py
 
-# A page to try it in a browser. Needs nginx.
+# The server, with the page for browsers. Needs nginx.
 page: .venv/run
 	@$(BIN)/python -m tools.page --port $(PORT)
 
@@ -44,7 +44,7 @@ test-long: .venv/dev
 	@echo "Running the long tests: fuzzing, a soak, memory growth, the proxy, attacks, the page. This takes about 15 minutes on two cores."
 	$(BIN)/python -m pytest tests/long
 
-# All tests, for a machine with a GPU.
+# All tests. For a machine with a GPU.
 test-all: .venv/dev
 	$(BIN)/python -m pytest tests
 
@@ -59,16 +59,16 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Pin all packages that the short lists need, with hashes.
+# Pin all packages that the requirements*.in files need, with hashes.
 lock: .venv/uv
 	for list in requirements-uv requirements requirements-dev; do $(BIN)/uv pip compile --quiet --universal \
 	    --python-version 3.11 --upgrade --generate-hashes --custom-compile-command "make lock" $$list.in -o $$list.txt; done
 
-# Hides downloads below 100 MB, and the final list of packages, in uv's output.
+# SUMMARY hides downloads below 100 MB, and the final list of packages, in uv's output.
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --require-hashes --compile-bytecode
 SUMMARY := grep --line-buffered -vE '^ ([-+~]|Downloaded) |^Uninstalled |^Downloading .*\([0-9.]{1,4}MiB|KiB'
 
-# Created once, and updated when the requirements change.
+# make creates these once, and updates them when the requirements change.
 .venv/uv: requirements-uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 13) else \
 	    f"$(PYTHON) is Python {sys.version.split()[0]}, but 3.11 or 3.12 is required: make $(MAKECMDGOALS) PYTHON=python3.12")'

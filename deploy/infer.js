@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks inference requests before Triton gets them, because Triton 2.51 trusts their contents: see docs/security.md.
-// Rejects anything that is not known here, with a sentence. nginx.conf calls http() and grpc() with a complete body, which
-// is in a file. Only the part before the photo is read.
+// Rejects anything that this file does not know, with a sentence. nginx.conf calls http() and grpc() when a body is
+// complete and in a file. They read only the part before the photo.
 import fs from 'fs';
 
 // The contract, as in server.py and jobs.py. Parameters are text or numbers; the microseconds are Triton's own.
@@ -53,8 +53,8 @@ function check_parameter(name, value) {
     }
 }
 
-// Over HTTP, the body is a photo, with or without JSON before it. Triton might parse the client's JSON differently, so it
-// gets JSON from here instead, which is written over the client's, so that the photo does not move.
+// Over HTTP, the body is a photo, with or without JSON before it. Triton might parse the client's JSON differently, so
+// this file overwrites it with its own JSON, in place: the photo does not move.
 
 function check_http(file, json_bytes) {
     const photo_bytes = file.size - json_bytes;
@@ -148,7 +148,7 @@ function clean_parameter(name, value) {
 }
 
 // Over gRPC, a body is a protobuf message, ModelInferRequest, whose last field is the photo. Protobuf allows fields in any
-// order. Its libraries write them in the order of their numbers, and only this order is accepted here.
+// order. Its libraries write them in the order of their numbers, and this code accepts only that order.
 
 const LENGTH_DELIMITED = 2;
 const MODEL_NAME = 1 << 3 | LENGTH_DELIMITED, ID = 3 << 3 | LENGTH_DELIMITED, PARAMETER = 4 << 3 | LENGTH_DELIMITED;
@@ -263,8 +263,8 @@ function field(tag, content) {
     return Buffer.concat([Buffer.from([tag, content.length]), Buffer.from(content)]);
 }
 
-// Triton resets a call if it cannot parse some of its headers. nginx takes this for a fault of the server, and sends it no
-// calls for 10 s. Of the headers that gRPC reserves, its clients send these.
+// Triton resets a call if it cannot parse some of its headers. nginx takes this for a failure of the server, and after
+// two of them, sends it no calls for 10 s. Of the headers that gRPC reserves, its clients send only these.
 const GRPC = 'application/grpc';
 const GRPC_HEADERS = ['grpc-timeout', 'grpc-encoding', 'grpc-accept-encoding'];
 
@@ -280,7 +280,7 @@ function check_grpc_header(name, value) {
     }
 }
 
-// The value of a variable in nginx.conf: if a header is invalid, it is empty, and nginx rejects the call.
+// The value of $grpc_headers in nginx.conf. If a header is invalid, the value is empty, and nginx rejects the call.
 function grpc_headers(r) {
     try {
         r.rawHeadersIn.forEach(header => check_grpc_header(header[0].toLowerCase(), header[1]));

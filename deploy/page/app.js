@@ -12,7 +12,7 @@ const MAX_PHOTO_BYTES = 51_048_576;
 
 const PAUSE_MS = 200;  // between the last change of the settings and the request
 const BUSY = [429, 503];  // statuses of an overloaded server or proxy
-const BUSY_FOR_MS = 60_000;  // before the user has to retry
+const BUSY_FOR_MS = 60_000;  // how long the page retries by itself
 
 const $ = id => document.getElementById(id);
 const photos = [];  // {file, url, button, cutOut: {settings, name, url, kept} or undefined}
@@ -223,7 +223,7 @@ function fit({target: {naturalWidth, naturalHeight}}) {
 }
 
 $('photo').addEventListener('load', fit);
-$('cut-out').addEventListener('load', fit);  // the server's orientation is the one that counts
+$('cut-out').addEventListener('load', fit);  // the server decides about the orientation
 $('photo').addEventListener('error', () => { $('photo').hidden = true; });  // HEIC in most browsers; the server explains
 $('wipe').addEventListener('input', () => setSplit($('wipe').value));
 $('frame').addEventListener('pointerdown', event => {

@@ -12,8 +12,8 @@
  * Triton sends no CORS headers, so the page must come from the same origin as Triton: put a proxy in front of both.
  *
  * A request is JSON that describes the tensors, followed by the bytes of the inputs. The header
- * Inference-Header-Content-Length has the length of the JSON. A response has the same form. Numbers are little-endian, as
- * in the typed arrays of every browser.
+ * Inference-Header-Content-Length contains the length of the JSON. A response has the same form. Numbers are
+ * little-endian, as in the typed arrays of every browser.
  */
 
 const ARRAYS = {
