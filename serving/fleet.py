@@ -174,7 +174,6 @@ class Fleet:
                     frontends = device.frontends[: self._count_frontends(device)]
                     frontends[position % len(frontends)].numbers[position] = len(self.instances)
                     self.instances.append(device.instances[position])
-                    self.instances[-1].max_request_bytes = device.report.max_request_bytes
         for device in self._devices:
             kill_all([process for process in device.frontends if not process.numbers])
             device.frontends = [process for process in device.frontends if process.numbers]
@@ -206,11 +205,10 @@ class Fleet:
 
     def connect(self, model: "FrontendModel", triton: int) -> None:
         """Make the frontends serve the model in Triton. ``triton`` is the process ID of Triton. Raises ServerError."""
-        frontends = [(device, process) for device in self._devices for process in device.frontends]
-        for device, process in frontends:
-            limit = device.report.max_request_bytes
-            process.send(Assignment(model.triton_config, limit, process.numbers, triton))
-        for _, process in frontends:
+        frontends = [process for device in self._devices for process in device.frontends]
+        for process in frontends:
+            process.send(Assignment(model.triton_config, process.numbers, triton))
+        for process in frontends:
             if not process.pipe.poll(CONNECT_TIMEOUT_S):
                 raise ServerError(f"a frontend did not start within {CONNECT_TIMEOUT_S} s")
             process.receive()
