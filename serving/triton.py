@@ -149,8 +149,10 @@ class Triton:
         with contextlib.suppress(ProcessLookupError):  # it has ended already
             ends = [os.pidfd_open(helper.pid) for helper in helpers]
             while not connection.wait(ends, timeout=1):
-                # Instances that have already connected would continue, but the others would always fail.
-                if deleted := [path for path in sockets if not path.exists()]:
+                # Instances that have already connected would continue, but the others would always fail. If Triton is
+                # ending, its helpers delete sockets and end as well.
+                deleted = [path for path in sockets if not path.exists()]
+                if deleted and not connection.wait(ends, timeout=1):
                     self._lifecycle.fail(f"stopping: {deleted[0]} was deleted")
                     return
         if triton.is_alive():  # otherwise, the main thread notices
