@@ -57,7 +57,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--server", default="server.py --weights demo", help="command of the server, with its options")
     add("--output", type=Path, default=Path("benchmark.json"), help="file for the figures")
     add("--plot", type=Path, help="draw the figures into this file; needs matplotlib")
-    add("--from-json", type=Path, help="show the figures in this file instead of measuring")
     return parser.parse_args(arguments)
 
 
@@ -152,17 +151,16 @@ def running_proxy(server) -> Iterator[SimpleNamespace]:
 
 
 def main() -> None:
-    """Measure, or read earlier measurements. Print the tables, and draw the plot."""
+    """Measure, write the figures, print the tables and draw the plot."""
     options = parse_options()
     from benchmark.report import plot, tables
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # exits the blocks that stop the servers
     try:
-        report = json.loads(options.from_json.read_text()) if "from_json" in options else measure_all(options)
+        report = measure_all(options)
     except KeyboardInterrupt:
         sys.exit(130)
-    if "from_json" not in options:
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
+    options.output.write_text(json.dumps(report, indent=2) + "\n")
     print(tables(report))
     if "plot" in options:
         plot(report, options.plot)
