@@ -6,8 +6,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 
 import numpy as np
+from pytriton.proxy.types import Request
 
 import server
 from benchmark.photos import SIZES, photos
@@ -54,10 +56,10 @@ def measure_stages(device: str, batch_sizes: Sequence[int], progress: Callable[[
 
 def _make_batch(executor: Executor, channels: Sequence[Channel], outputs: list[str]) -> list[Job]:
     """Return a job for each channel. The sizes of the photos alternate."""
-    images = [np.frombuffer(photos()[index % len(photos())], np.uint8) for index in range(len(channels))]
-    return [
-        executor.read(channel, {"image": image}, ({}, outputs)) for channel, image in zip(channels, images, strict=True)
+    requests = [
+        Request({"image": np.frombuffer(photo, np.uint8)}, {}, requested_output_names=outputs) for photo in photos()
     ]
+    return [executor.read(channel, request) for channel, request in zip(channels, cycle(requests), strict=False)]
 
 
 def _throughput(executor: Executor, batch: list[Job]) -> float:
