@@ -70,10 +70,10 @@ def segment_file(
     mask, original, cut_out = response["mask"], response.get("original"), response.get("encoded")
     height, width = mask.shape
     contents = {
-        "orig": lambda: jpeg_file(upright(encoded) if original is None else Image.fromarray(original)),
-        "segm": lambda: cut_out.tobytes() if cut_out is not None else jpeg_file(cut(original, mask)),
-        "mask": lambda: png_file(Image.fromarray(mask).convert("1", dither=Image.Dither.NONE)),
-        "probability": lambda: png_file(Image.fromarray(response["probability"])),
+        "orig": lambda: file_of(upright(encoded) if original is None else Image.fromarray(original), "JPEG"),
+        "segm": lambda: cut_out.tobytes() if cut_out is not None else file_of(cut(original, mask), "JPEG"),
+        "mask": lambda: file_of(Image.fromarray(mask).convert("1", dither=Image.Dither.NONE), "PNG"),
+        "probability": lambda: file_of(Image.fromarray(response["probability"]), "PNG"),
         "labels": lambda: palette_png(response["labels"]),
     }
     for kind, target in targets.items():
@@ -100,17 +100,11 @@ def upright(encoded: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def jpeg_file(image: Image.Image) -> bytes:
-    """Return the image as a JPEG file. Chroma subsampling would blur the edge between the cut-out and black."""
+def file_of(image: Image.Image, kind: str) -> bytes:
+    """Return the image as a ``JPEG`` or ``PNG`` file."""
     stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=95, subsampling=0)
-    return stream.getvalue()
-
-
-def png_file(image: Image.Image) -> bytes:
-    """Return the image as a PNG file."""
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
+    # The options are those of JPEG. Chroma subsampling would blur the edge between the cut-out and black.
+    image.save(stream, kind, quality=95, subsampling=0)
     return stream.getvalue()
 
 
