@@ -51,7 +51,8 @@ class ResponseMemory:
             if isinstance(array, np.ndarray):
                 response.add(name, array)
             else:
-                copies.append((array, response.reserve(name, tuple(array.shape), _dtype_name(array))))
+                dtype = str(array.dtype).removeprefix("torch.")
+                copies.append((array, response.reserve(name, tuple(array.shape), dtype)))
         if copies:
             self._pin(response.end)
         for tensor, target in copies:
@@ -94,10 +95,6 @@ class ResponseMemory:
         size = min(len(self._memory), 1 << (size - 1).bit_length())
         torch.cuda.check_error(cudart.cudaHostRegister(pointer, size, 0))
         self._pinned = size
-
-
-def _dtype_name(tensor: "torch.Tensor") -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _copy_from_gpu(tensor: "torch.Tensor", target: np.ndarray) -> None:
