@@ -7,7 +7,6 @@ It needs no key, because only this machine can reach it. Ctrl-C stops both.
 """
 
 import argparse
-import contextlib
 import os
 import shutil
 import signal
@@ -15,13 +14,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from connection import MODEL_NAME
 from serving.options import number
-from tools.launch import LaunchedServer, free_ports
+from tools.launch import LaunchedServer, free_ports, running
 
 ROOT = Path(__file__).resolve().parent.parent
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -54,15 +53,9 @@ def configure(folder: Path, port: int, grpc_port: int, server: LaunchedServer) -
     return deploy / "nginx.conf"
 
 
-@contextlib.contextmanager
-def running_nginx(configuration: Path, **options: object) -> Iterator[subprocess.Popen]:
-    """Run nginx with this configuration. ``options`` are those of Popen."""
-    nginx = subprocess.Popen([NGINX, "-e", "stderr", "-p", configuration.parent, "-c", configuration], **options)
-    try:
-        yield nginx
-    finally:
-        nginx.terminate()
-        nginx.wait()
+def running_nginx(configuration: Path, **options: object) -> AbstractContextManager[subprocess.Popen]:
+    """Run nginx with this configuration inside a ``with`` block. ``options`` are those of Popen."""
+    return running([NGINX, "-e", "stderr", "-p", configuration.parent, "-c", configuration], **options)
 
 
 def serve(port: int, options: Sequence[str]) -> int:
@@ -78,11 +71,7 @@ def serve(port: int, options: Sequence[str]) -> int:
             return server.process.returncode  # its log says why
         with running_nginx(configuration) as nginx:
             print(f"\nOpen http://127.0.0.1:{port} in a browser. Press Ctrl-C to stop.\n", flush=True)
-            while nginx.poll() is None:
-                if server.process.poll() is not None:
-                    return server.process.returncode or 1
-                time.sleep(0.1)
-            return nginx.returncode
+            return server.wait_for(nginx)
 
 
 def main(arguments: Sequence[str]) -> int:
