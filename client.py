@@ -8,6 +8,7 @@ after Ctrl-C, 141 if the report's reader is gone and there are no files to write
 """
 
 import argparse
+import functools
 import io
 import logging
 import math
@@ -70,10 +71,10 @@ def segment_file(
     mask, original, cut_out = response["mask"], response.get("original"), response.get("encoded")
     height, width = mask.shape
     contents = {
-        "orig": lambda: jpeg_file(upright(encoded) if original is None else Image.fromarray(original)),
-        "segm": lambda: cut_out.tobytes() if cut_out is not None else jpeg_file(cut(original, mask)),
-        "mask": lambda: png_file(Image.fromarray(mask).convert("1", dither=Image.Dither.NONE)),
-        "probability": lambda: png_file(Image.fromarray(response["probability"])),
+        "orig": lambda: file_of(upright(encoded) if original is None else Image.fromarray(original), "JPEG"),
+        "segm": lambda: cut_out.tobytes() if cut_out is not None else file_of(cut(original, mask), "JPEG"),
+        "mask": lambda: file_of(Image.fromarray(mask).convert("1", dither=Image.Dither.NONE), "PNG"),
+        "probability": lambda: file_of(Image.fromarray(response["probability"]), "PNG"),
         "labels": lambda: palette_png(response["labels"]),
     }
     for kind, target in targets.items():
@@ -100,17 +101,11 @@ def upright(encoded: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def jpeg_file(image: Image.Image) -> bytes:
-    """Return the image as a JPEG file. Chroma subsampling would blur the edge between the cut-out and black."""
+def file_of(image: Image.Image, kind: str) -> bytes:
+    """Return the image as a ``JPEG`` or ``PNG`` file."""
     stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=95, subsampling=0)
-    return stream.getvalue()
-
-
-def png_file(image: Image.Image) -> bytes:
-    """Return the image as a PNG file."""
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
+    # The options are those of JPEG. Chroma subsampling would blur the edge between the cut-out and black.
+    image.save(stream, kind, quality=95, subsampling=0)
     return stream.getvalue()
 
 
@@ -123,47 +118,38 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
+    add_flag = functools.partial(add, action="store_true")
+    add_optional = functools.partial(add, default=argparse.SUPPRESS)  # the formatter appends other defaults to the help
+    add_optional(
         "--image-paths",
         nargs="+",
         metavar="PATH",
-        default=argparse.SUPPRESS,
         help="photos to send: files, folders and patterns such as 'photos/*.jpg' (default: images/orig.jpg)",
     )
-    add(
-        "--dump-images",
-        action="store_true",
-        help="write orig0.jpg, segm0.jpg, orig1.jpg, ... in the order of the photos",
-    )
+    add_flag("--dump-images", help="write orig0.jpg, segm0.jpg, orig1.jpg, ... in the order of the photos")
     add(
         "--format",
         choices=FORMATS,
         default="raw",
         help="format in which the server sends the cut-out; jpeg, png and webp files are written unchanged",
     )
-    add("--mask", action="store_true", help="write mask0.png, ...: white where the class was found")
-    add("--probability", action="store_true", help="write probability0.png, ...: white where the class is certain")
-    add("--labels", action="store_true", help="write labels0.png, ...: the color of the most probable class")
-    add(
+    add_flag("--mask", help="write mask0.png, ...: white where the class was found")
+    add_flag("--probability", help="write probability0.png, ...: white where the class is certain")
+    add_flag("--labels", help="write labels0.png, ...: the color of the most probable class")
+    add_optional(
         "--edge",
         type=float,
-        default=argparse.SUPPRESS,
         help="soften the edge of png and webp files: the range of probabilities that become half transparent "
         "(default: 0, a hard edge)",
     )
-    add("--keep-names", action="store_true", help="name the files after the photos: beach.png instead of segm0.png")
-    add(
-        "--skip-existing",
-        action="store_true",
-        help="skip photos whose files exist, to resume a run; implies --keep-names",
-    )
+    add_flag("--keep-names", help="name the files after the photos: beach.png instead of segm0.png")
+    add_flag("--skip-existing", help="skip photos whose files exist, to resume a run; implies --keep-names")
     add("--output-dir", type=Path, default=Path(), help="folder for the files; created if missing")
-    add("--overwrite", action="store_true", help="replace files that the client did not write, but never a photo")
-    add(
+    add_flag("--overwrite", help="replace files that the client did not write, but never a photo")
+    add_optional(
         "--report",
         type=Path,
         metavar="FILE",
-        default=argparse.SUPPRESS,
         help="write one line of JSON for each photo; - means stdout (default: none)",
     )
     add(
@@ -171,38 +157,20 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="http://127.0.0.1:8000",
         help="http://host:port, https://host:port, grpc://host:port, grpcs://host:port or host",
     )
-    add(
-        "--api-key",
-        default=argparse.SUPPRESS,
-        help="key for the proxy in front of the server (default: API_KEY in the environment, or none)",
+    add_optional(
+        "--api-key", help="key for the proxy in front of the server (default: API_KEY in the environment, or none)"
     )
-    add(
-        "--ca-file",
-        type=Path,
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help="certificates to trust, in PEM format (default: the system's)",
+    add_optional(
+        "--ca-file", type=Path, metavar="FILE", help="certificates to trust, in PEM format (default: the system's)"
     )
     add("--init-timeout-s", type=float, default=30, help="seconds to wait for the model to be ready")
     add(
-        "--retry-s",
-        type=float,
-        default=300,
-        help="seconds to retry a photo if the server is busy or cannot be reached",
+        "--retry-s", type=float, default=300, help="seconds to retry a photo if the server is busy or cannot be reached"
     )
-    add(
-        "--class-name",
-        default=argparse.SUPPRESS,
-        help="class or classes to keep, such as person or cat,dog (default: the server's)",
-    )
-    add(
-        "--threshold",
-        type=float,
-        default=argparse.SUPPRESS,
-        help="probability to exceed, between 0 and 1 (default: the server's)",
-    )
+    add_optional("--class-name", help="class or classes to keep, such as person or cat,dog (default: the server's)")
+    add_optional("--threshold", type=float, help="probability to exceed, between 0 and 1 (default: the server's)")
     add("--concurrency", type=int, default=4, help="number of photos in flight")
-    add("--verbose", action="store_true", help="log each request and each retry")
+    add_flag("--verbose", help="log each request and each retry")
     defaults = argparse.Namespace(
         image_paths=[str(SAMPLE_PHOTO)], api_key=os.environ.get("API_KEY", ""), ca_file=None, report=None
     )

@@ -14,9 +14,12 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from benchmark.cases import CASES, STAGES_ROW, Case
 from benchmark.photos import ROOT
@@ -27,6 +30,7 @@ DEFAULTS = {
     "cpu": {"concurrency": (1, 8), "rounds": 1, "seconds": 3, "batch_sizes": (1, 2, 4)},
 }
 NAMES = [*(case.name for case in CASES), STAGES_ROW]
+DEFAULT_ROWS = [name for name in NAMES if not name.startswith("proxy")]
 WARM_UP_S = 0.5
 
 progress = functools.partial(print, file=sys.stderr, flush=True)
@@ -45,14 +49,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="as for server.py; the stages are measured on the first of several devices",
     )
-    add("--rows", nargs="+", metavar="NAME", choices=NAMES, help=f"rows to measure: {', '.join(NAMES)} (all)")
+    without = "all but those of the proxy, which need nginx"
+    add("--rows", nargs="+", metavar="NAME", choices=NAMES, help=f"rows to measure: {', '.join(NAMES)} ({without})")
     add("--concurrency", type=number(int, 1), nargs="+", metavar="N", help="photos in flight (1 16 32; CPU: 1 8)")
     add("--rounds", type=number(int, 1), help="measurements per row (2; CPU: 1)")
     add("--seconds", type=number(float, 0.1), help="duration of each (1.5; CPU: 3)")
     add("--server", default="server.py --weights demo", help="command of the server, with its options")
     add("--output", type=Path, default=Path("benchmark.json"), help="file for the figures")
     add("--plot", type=Path, help="draw the figures into this file; needs matplotlib")
-    add("--from-json", type=Path, help="show the figures in this file instead of measuring")
     return parser.parse_args(arguments)
 
 
@@ -67,7 +71,7 @@ def measure_all(options: argparse.Namespace) -> dict:
         device = resolve_device(devices[0])
     except UsageError as error:
         sys.exit(f"benchmark: {error}")
-    options = argparse.Namespace(**{"rows": NAMES} | DEFAULTS[device.split(":")[0]] | vars(options))
+    options = argparse.Namespace(**{"rows": DEFAULT_ROWS} | DEFAULTS[device.split(":")[0]] | vars(options))
     report = {"machine": describe(device), "rows": [], "stages": []}
     if cases := [case for case in CASES if case.name in options.rows]:
         report["rows"] = measure_servers(cases, device if len(devices) == 1 else ",".join(devices), options)
@@ -102,7 +106,7 @@ def measure_servers(cases: Sequence[Case], device: str, options: argparse.Namesp
 
 @contextlib.contextmanager
 def running_servers(names: Iterable[str], device: str, server_command: str) -> Iterator[dict]:
-    """Start the servers in parallel, and yield them as LaunchedServers when all are ready."""
+    """Start the servers in parallel, and yield them when all are ready: LaunchedServers, and the proxy like one."""
     from server import MODEL_NAME
     from serving.triton import MALLOC_ENVIRONMENT
     from tools.launch import LaunchedServer
@@ -111,7 +115,8 @@ def running_servers(names: Iterable[str], device: str, server_command: str) -> I
     commands["server"] = shlex.split(server_command)
     servers = {}
     with contextlib.ExitStack() as stack:
-        for name in names:
+        # The proxy stands in front of the ceiling.
+        for name in dict.fromkeys("ceiling" if name == "proxy" else name for name in names):
             command = [*commands[name], "--device", device]
             servers[name] = stack.enter_context(LaunchedServer(command, cwd=ROOT, stdout=sys.stderr))
         # A server takes seconds to stop, so signal all of them before waiting for any.
@@ -122,22 +127,40 @@ def running_servers(names: Iterable[str], device: str, server_command: str) -> I
                 server.wait_until_ready(MODEL_NAME)
             except (RuntimeError, TimeoutError) as error:
                 sys.exit(f"benchmark: {name}: {error}")
+        if "proxy" in names:
+            servers["proxy"] = stack.enter_context(running_proxy(servers["ceiling"]))
         os.environ.update(MALLOC_ENVIRONMENT)  # as for Triton's processes, to reduce the CPU time of the load
         yield servers
 
 
+@contextlib.contextmanager
+def running_proxy(server) -> Iterator[SimpleNamespace]:
+    """Start the proxy in front of a LaunchedServer, without keys. Yield the server with the addresses of the proxy."""
+    from tools.launch import free_ports
+    from tools.page import NGINX, configure, running_nginx
+
+    if not NGINX:
+        sys.exit("benchmark: the rows of the proxy need nginx: apt install nginx libnginx-mod-http-js")
+    http_port, grpc_port = free_ports(2)
+    with (
+        tempfile.TemporaryDirectory(prefix="nginx-") as folder,
+        running_nginx(configure(Path(folder), http_port, grpc_port, server), stdout=subprocess.DEVNULL),
+    ):
+        urls = {"http_url": f"http://127.0.0.1:{http_port}", "grpc_url": f"grpc://127.0.0.1:{grpc_port}"}
+        yield SimpleNamespace(process=server.process, **urls)
+
+
 def main() -> None:
-    """Measure, or read earlier measurements. Print the tables, and draw the plot."""
+    """Measure, write the figures, print the tables and draw the plot."""
     options = parse_options()
     from benchmark.report import plot, tables
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # exits the blocks that stop the servers
     try:
-        report = json.loads(options.from_json.read_text()) if "from_json" in options else measure_all(options)
+        report = measure_all(options)
     except KeyboardInterrupt:
         sys.exit(130)
-    if "from_json" not in options:
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
+    options.output.write_text(json.dumps(report, indent=2) + "\n")
     print(tables(report))
     if "plot" in options:
         plot(report, options.plot)

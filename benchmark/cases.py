@@ -10,7 +10,7 @@ class Case:
     """Requests of one kind to one server."""
 
     name: str
-    server: str  # plain, ceiling or server
+    server: str  # plain, ceiling, proxy (in front of ceiling) or server
     protocol: str = "grpc"
     outputs: tuple[str, ...] = ("original", "segmented")
     parameters: Mapping[str, object] = field(default_factory=dict)
@@ -21,7 +21,13 @@ JPEG, PNG = ({"format": name} for name in ("jpeg", "png"))
 CASES = (
     Case("plain", "plain"),
     Case("ceiling", "ceiling"),
+    Case("ceiling/http", "ceiling", "http"),
     Case("ceiling/jpeg", "ceiling", outputs=("encoded",), parameters=JPEG),
+    Case("ceiling/jpeg/http", "ceiling", "http", outputs=("encoded",), parameters=JPEG),
+    Case("proxy", "proxy"),
+    Case("proxy/http", "proxy", "http"),
+    Case("proxy/jpeg", "proxy", outputs=("encoded",), parameters=JPEG),
+    Case("proxy/jpeg/http", "proxy", "http", outputs=("encoded",), parameters=JPEG),
     Case("server", "server"),
     Case("server/http", "server", "http"),
     Case("server/segmented", "server", outputs=("segmented",)),

@@ -6,17 +6,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 
 import numpy as np
+from pytriton.proxy.types import Request
 
 import server
 from benchmark.photos import SIZES, photos
 from serving.channel import Channel, open_channels
 from serving.device import check_device
 from serving.executor import Executor, Job, open_memories
+from serving.options import device_default
 
 TIMED = ("preprocess", "network", "postprocess", "encode")  # attributes of Segmentation
-EXECUTORS = {"cuda": 2, "cpu": 1}  # in parallel, to keep a GPU busy
 LOOPS = {"cuda": 12, "cpu": 2}  # how often each batch is timed
 _channels: list[Sequence[Channel]] = []  # kept until the process ends, because their memory is pinned
 PARALLEL_S = 2.0  # duration of the parallel measurement
@@ -30,20 +32,18 @@ def measure_stages(device: str, batch_sizes: Sequence[int], progress: Callable[[
     """
     device_type = device.split(":")[0]
     options = server.parse_options(["--weights", "demo", "--device", device])
+    options.max_pixels = max(width * height for width, height in SIZES)
+    limits = server.Segmentation.limits(options)
+    count = device_default(options, "executors", device_type)
+    tasks = [*((size, ["original", "segmented"]) for size in batch_sizes), (max(batch_sizes), ["encoded"])]
     rows = []
-    for size, outputs in [(size, ["original", "segmented"]) for size in batch_sizes] + [
-        (max(batch_sizes), ["encoded"])
-    ]:
+    for size, outputs in tasks:
         progress(f"stages: batch of {size}, {' and '.join(outputs)}")
         options.max_batch_size = size
-        options.max_pixels = max(width * height for width, height in SIZES)
-        channels = [open_channels(size, *server.Segmentation.limits(options)) for _ in range(EXECUTORS[device_type])]
+        channels = [open_channels(size, *limits) for _ in range(count)]
         _channels.extend(channels)
-        response_bytes = server.Segmentation.limits(options)[1]
-        executors = [
-            Executor(server.Segmentation, options, device, open_memories(group, response_bytes, device))
-            for group in channels
-        ]
+        memories = [open_memories(group, limits[1], device) for group in channels]
+        executors = [Executor(server.Segmentation, options, device, memory) for memory in memories]
         batches = [_make_batch(executor, group, outputs) for executor, group in zip(executors, channels, strict=True)]
         with ThreadPoolExecutor(len(executors)) as pool:
             photos_per_s = sum(pool.map(_throughput, executors, batches))
@@ -54,10 +54,10 @@ def measure_stages(device: str, batch_sizes: Sequence[int], progress: Callable[[
 
 def _make_batch(executor: Executor, channels: Sequence[Channel], outputs: list[str]) -> list[Job]:
     """Return a job for each channel. The sizes of the photos alternate."""
-    images = [np.frombuffer(photos()[index % len(photos())], np.uint8) for index in range(len(channels))]
-    return [
-        executor.read(channel, {"image": image}, ({}, outputs)) for channel, image in zip(channels, images, strict=True)
+    requests = [
+        Request({"image": np.frombuffer(photo, np.uint8)}, {}, requested_output_names=outputs) for photo in photos()
     ]
+    return [executor.read(channel, request) for channel, request in zip(channels, cycle(requests), strict=False)]
 
 
 def _throughput(executor: Executor, batch: list[Job]) -> float:

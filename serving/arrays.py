@@ -22,7 +22,7 @@ class ArraySpec(NamedTuple):
 
 
 class Packer:
-    """Places arrays into memory."""
+    """Places arrays into memory. Raises ValueError if the memory is too small."""
 
     def __init__(self, memory: np.ndarray):
         """``memory`` is uint8 ``[N]``."""
@@ -31,19 +31,20 @@ class Packer:
         self.end = 0
 
     def reserve(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """Return room for an array of fixed-size values. Raises ValueError if the memory is too small."""
-        return self._reserve(name, shape, dtype, math.prod(shape) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
+        """Return room for an array of fixed-size values."""
+        return self.allocate(name, shape, dtype, math.prod(shape) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """Copy an array, or strings. Raises ValueError if the memory is too small."""
+        """Copy an array, or strings."""
         if array.dtype.kind in "OU":
             content, dtype = _serialize(array), STRINGS
         else:
             content, dtype = np.ascontiguousarray(array).reshape(-1).view(np.uint8), array.dtype.str
         # Not np.copyto, which releases the GIL: acquiring it again takes longer than the copy.
-        self._reserve(name, array.shape, dtype, len(content)).data[:] = content.data
+        self.allocate(name, array.shape, dtype, len(content)).data[:] = content.data
 
-    def _reserve(self, name: str, shape: tuple[int, ...], dtype: str, size: int) -> np.ndarray:
+    def allocate(self, name: str, shape: tuple[int, ...], dtype: str, size: int) -> np.ndarray:
+        """Return this number of bytes for an array, uint8 ``[size]``, at an aligned position."""
         begin = -(-self.end // ALIGNMENT) * ALIGNMENT
         end = begin + size
         if end > len(self._memory):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from pytriton.proxy.types import Request
 
 from serving.channel import Channel
 from serving.errors import InferenceFailed
@@ -93,7 +94,8 @@ class Batcher:
 
     def _read_request(self, channel: Channel, arrays: Mapping[str, np.ndarray], message: tuple) -> None:
         try:
-            job = self._executors[0].read(channel, arrays, message)
+            parameters, outputs = message
+            job = self._executors[0].read(channel, Request(arrays, parameters, requested_output_names=outputs))
             if job.weight > LARGE_WEIGHT and not self._large.acquire(blocking=False):
                 raise InferenceFailed("the server is busy with large requests: send this one again later")
         except Exception as error:

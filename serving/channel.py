@@ -32,6 +32,8 @@ class Channel:
         self._response_sent = FORK.Semaphore(0)
         self._request = _Message(request_bytes)
         self._response = _Message(response_bytes)
+        self.limit = share_numbers(1)  # of the inputs of a request, in bytes; the worker may lower it
+        self.limit[0] = request_bytes
         self._closed = share_numbers(1)
         self._calling = share_numbers(1)
 

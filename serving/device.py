@@ -4,6 +4,7 @@
 torch takes seconds to import. It is imported only where a GPU may be involved.
 """
 
+import contextlib
 import ctypes
 import logging
 
@@ -72,14 +73,8 @@ def check_device(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-class CpuStream:
+class CpuStream(contextlib.nullcontext):
     """The counterpart of a CUDA stream. It does nothing, because a CPU works in order."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def wait(self) -> None:
         """Return immediately."""

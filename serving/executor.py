@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from pytriton.proxy.types import Request
 
 from serving.channel import SLACK_BYTES, Channel
@@ -50,17 +49,13 @@ class Executor:
         # Warm up: the first run of each stage chooses kernels and allocates memory.
         channel, example = next(iter(memories)), stages.example(options)
         for size in {1, options.max_batch_size}:
-            for response in self.compute([self._read(channel, example) for _ in range(size)]):
+            for response in self.compute([self.read(channel, example) for _ in range(size)]):
                 if isinstance(response, Exception):
                     raise response
                 response.complete()
 
-    def read(self, channel: Channel, arrays: Mapping[str, np.ndarray], message: tuple) -> Job:
+    def read(self, channel: Channel, request: Request) -> Job:
         """Return the job of a request. Raises the exceptions of :meth:`Stages.read`."""
-        parameters, outputs = message
-        return self._read(channel, Request(data=arrays, parameters=parameters, requested_output_names=outputs))
-
-    def _read(self, channel: Channel, request: Request) -> Job:
         content = self.stages.read(request)
         return Job(channel, content, self.stages.weigh(content))
 

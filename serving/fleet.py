@@ -167,25 +167,23 @@ class Fleet:
             for device in waiting:
                 if device.worker.pipe in arrived:
                     device.report = device.worker.receive()
+        for device in self._devices:
+            count = count_frontends(self._options, device.report.device_type, len(self._devices))
+            count = min(count, device.report.instances)
+            kill_all(device.frontends[count:])
+            device.frontends = device.frontends[:count]
         # Triton prefers instances with low numbers, so spread these over all devices and frontends.
         for position in range(max(device.report.instances for device in self._devices)):
             for device in self._devices:
                 if position < device.report.instances:
-                    frontends = device.frontends[: self._count_frontends(device)]
-                    frontends[position % len(frontends)].numbers[position] = len(self.instances)
+                    frontend = device.frontends[position % len(device.frontends)]
+                    frontend.numbers[position] = len(self.instances)
                     self.instances.append(device.instances[position])
-                    self.instances[-1].max_request_bytes = device.report.max_request_bytes
-        for device in self._devices:
-            kill_all([process for process in device.frontends if not process.numbers])
-            device.frontends = [process for process in device.frontends if process.numbers]
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
         # Repeat the warnings next to the line that says that the server is ready, where they are hard to miss.
         for warning in dict.fromkeys(warning for device in self._devices for warning in device.report.warnings):
             LOGGER.warning(warning)
-
-    def _count_frontends(self, device: _Device) -> int:
-        return count_frontends(self._options, device.report.device_type, len(self._devices))
 
     @property
     def max_queue(self) -> int:
@@ -206,11 +204,10 @@ class Fleet:
 
     def connect(self, model: "FrontendModel", triton: int) -> None:
         """Make the frontends serve the model in Triton. ``triton`` is the process ID of Triton. Raises ServerError."""
-        frontends = [(device, process) for device in self._devices for process in device.frontends]
-        for device, process in frontends:
-            limit = device.report.max_request_bytes
-            process.send(Assignment(model.triton_config, limit, process.numbers, triton))
-        for _, process in frontends:
+        frontends = [process for device in self._devices for process in device.frontends]
+        for process in frontends:
+            process.send(Assignment(model.triton_config, process.numbers, triton))
+        for process in frontends:
             if not process.pipe.poll(CONNECT_TIMEOUT_S):
                 raise ServerError(f"a frontend did not start within {CONNECT_TIMEOUT_S} s")
             process.receive()

@@ -30,7 +30,6 @@ class Assignment:
     """The model and the instances for a frontend to serve."""
 
     config: TritonModelConfig
-    max_request_bytes: int
     numbers: dict[int, int]  # the number in Triton of each instance, by its position in the frontend's list
     triton: int  # the process ID of tritonserver
 
@@ -46,8 +45,6 @@ def run_frontend(pipe: Connection, instances: Sequence[Instance], heartbeat: np.
     from serving.pytriton_internals import start_handlers
 
     assigned = {number: instances[position] for position, number in assignment.numbers.items()}
-    for instance in assigned.values():
-        instance.max_request_bytes = assignment.max_request_bytes
     threads = start_handlers(assignment.config, assigned)
     survive_server()
     pipe.send(True)

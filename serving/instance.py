@@ -22,7 +22,6 @@ class Instance:
         """``channel`` is for this instance only. A worker that is silent for ``timeout_s`` seconds stops the server."""
         self.number = number
         self.channel = channel
-        self.max_request_bytes = 0  # set when the worker has started
         self._timeout_s = timeout_s
         self._traffic = traffic
         self._lifecycle = lifecycle
@@ -50,8 +49,8 @@ class Instance:
             raise InvalidRequest("the batch dimension must be 1: send one request for each item")
         arrays = {name: array[0] for name, array in request.data.items()}
         size = sum(array.nbytes for array in arrays.values())
-        if size > self.max_request_bytes:
-            raise InvalidRequest(f"the request has {size} bytes, but the limit is {self.max_request_bytes}")
+        if size > (limit := int(self.channel.limit[0])):
+            raise InvalidRequest(f"the request has {size} bytes, but the limit is {limit}")
         try:
             message = request.parameters or {}, request.requested_output_names
             response = self.channel.call(arrays, message, self._timeout_s)

@@ -51,9 +51,10 @@ class ResponseMemory:
             if isinstance(array, np.ndarray):
                 response.add(name, array)
             else:
-                copies.append((array, response.reserve(name, tuple(array.shape), _dtype_name(array))))
+                dtype = str(array.dtype).removeprefix("torch.")
+                copies.append((array, response.reserve(name, tuple(array.shape), dtype)))
         if copies:
-            self._pin(response.packer.end)
+            self._pin(response.end)
         for tensor, target in copies:
             _copy_from_gpu(tensor, target)
         # The deferred outputs come last, because their sizes are not known yet.
@@ -96,10 +97,6 @@ class ResponseMemory:
         self._pinned = size
 
 
-def _dtype_name(tensor: "torch.Tensor") -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _copy_from_gpu(tensor: "torch.Tensor", target: np.ndarray) -> None:
     """Copy into an array of the host, in the order of torch's current stream."""
     import torch
@@ -107,38 +104,32 @@ def _copy_from_gpu(tensor: "torch.Tensor", target: np.ndarray) -> None:
     torch.from_numpy(target).copy_(tensor, non_blocking=True)
 
 
-class StoredResponse:
-    """A response in the memory of a channel. Deferred outputs may still be missing."""
+class StoredResponse(Packer):
+    """A response in the memory of a channel. Deferred outputs may still be missing.
+
+    Raises InvalidRequest if the memory is too small.
+    """
 
     def __init__(self, memory: np.ndarray):
         """``memory`` is uint8 ``[N]``."""
-        self.packer = Packer(memory)
+        super().__init__(memory)
         self.deferred: dict[str, Deferred] = {}
         self._limit = len(memory)
 
-    def reserve(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """Return room for an array. Raises InvalidRequest if the memory is too small."""
+    def allocate(self, name: str, shape: tuple[int, ...], dtype: str, size: int) -> np.ndarray:
+        """Return this number of bytes for an array."""
         try:
-            return self.packer.reserve(name, shape, dtype)
+            return super().allocate(name, shape, dtype, size)
         except ValueError:
-            raise self._too_large() from None
-
-    def add(self, name: str, array: np.ndarray) -> None:
-        """Copy an array. Raises InvalidRequest if the memory is too small."""
-        try:
-            self.packer.add(name, array)
-        except ValueError:
-            raise self._too_large() from None
-
-    def _too_large(self) -> InvalidRequest:
-        return InvalidRequest(f"the response exceeds the limit of {self._limit} bytes: request fewer outputs")
+            message = f"the response exceeds the limit of {self._limit} bytes: request fewer outputs"
+            raise InvalidRequest(message) from None
 
     def complete(self) -> Mapping[str, ArraySpec]:
-        """Compute the deferred outputs, and return the specs of all arrays. Thread-safe. Raises InvalidRequest."""
+        """Compute the deferred outputs, and return the specs of all arrays. Thread-safe."""
         while self.deferred:
             name, output = self.deferred.popitem()
             self.add(name, output.compute(output.source))
-        return self.packer.specs
+        return self.specs
 
 
 def fit_shared_memory(

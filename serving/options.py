@@ -85,7 +85,6 @@ def ip_address(text: str) -> str:
 
 def add_serving_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that do not depend on the model."""
-    defaults = DEVICE_DEFAULTS
     add = parser.add_argument_group("serving").add_argument
     add(
         "--device",
@@ -100,8 +99,8 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         ("--max-queue", None, "maximum number of queued requests; further ones are rejected immediately"),
     ):
         key = name[2:].replace("-", "_")
-        automatic = f"0 means {defaults['cuda'][key]} on a GPU, {defaults['cpu'][key]} on a CPU"
-        add(name, type=number(int, 0, highest), default=0, help=f"{text}; {automatic}")
+        on_gpu, on_cpu = (DEVICE_DEFAULTS[device_type][key] for device_type in ("cuda", "cpu"))
+        add(name, type=number(int, 0, highest), default=0, help=f"{text}; 0 means {on_gpu} on a GPU, {on_cpu} on a CPU")
     add(
         "--frontends",
         type=number(int, 0, 16),
@@ -115,43 +114,22 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
     )
     add("--behind-proxy", action="store_true", help="do not warn that --address exposes Triton; see docs/security.md")
-    for name, port in DEFAULT_PORTS.items():
-        add(
-            f"--{name}-port",
-            type=number(int, 1, 65535),
-            help=f"port for {'Prometheus metrics' if name == 'metrics' else 'gRPC' if name == 'grpc' else 'HTTP'} "
-            f"(default: {port})",
-            default=argparse.SUPPRESS,
-        )
+    for (name, port), title in zip(DEFAULT_PORTS.items(), ("HTTP", "gRPC", "Prometheus metrics"), strict=True):
+        text = f"port for {title} (default: {port})"
+        add(f"--{name}-port", type=number(int, 1, 65535), help=text, default=argparse.SUPPRESS)
     add(
         "--access-token",
         help="token for Triton's administrative endpoints (default: TRITON_ACCESS_TOKEN in the environment, or random)",
         default=argparse.SUPPRESS,
     )
-    add(
-        "--drain-s",
-        type=number(float, 0, 86_400),
-        default=2,
-        help="seconds to let requests in flight finish when the server stops",
-    )
-    add(
-        "--start-timeout-s",
-        type=number(float, 1, 86_400),
-        default=600,
-        help="seconds to let the workers start, including the download of the weights",
-    )
-    add(
-        "--worker-timeout-s",
-        type=number(float, 1, 86_400),
-        default=300,
-        help="exit with status 1 if requests wait and their worker does not respond for this many seconds",
-    )
-    add(
-        "--triton-timeout-s",
-        type=number(float, 1, 86_400),
-        default=30,
-        help="exit with status 1 if Triton or a frontend does not respond for this many seconds",
-    )
+    hangs = "does not respond for this many seconds"
+    for name, lowest, default, text in (
+        ("--drain-s", 0, 2, "seconds to let requests in flight finish when the server stops"),
+        ("--start-timeout-s", 1, 600, "seconds to let the workers start, including the download of the weights"),
+        ("--worker-timeout-s", 1, 300, f"exit with status 1 if requests wait and their worker {hangs}"),
+        ("--triton-timeout-s", 1, 30, f"exit with status 1 if Triton or a frontend {hangs}"),
+    ):
+        add(name, type=number(float, lowest, 86_400), default=default, help=text)
     add("--verbose", action="store_true", help="log the details of PyTriton and Triton")
 
 

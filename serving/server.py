@@ -35,6 +35,7 @@ class Server:
         self._options = options
         self._fleet = Fleet(stages, options, self._lifecycle)
         self._triton: Triton | None = None
+        self._model: dict[str, object] = {}
         self._processes = contextlib.ExitStack()
 
     def __enter__(self) -> "Server":
@@ -72,17 +73,17 @@ class Server:
             timeout_action=TimeoutAction.REJECT,
         )
         batcher = dataclasses.replace(config.batcher or DynamicBatcher(), default_queue_policy=policy)
-        self._triton.bind(
-            model_name=model_name,
-            infer_func=infer_func,
-            inputs=inputs,
-            outputs=outputs,
-            config=dataclasses.replace(config, batcher=batcher),
-        )
+        self._model = {
+            "model_name": model_name,
+            "infer_func": infer_func,
+            "inputs": inputs,
+            "outputs": outputs,
+            "config": dataclasses.replace(config, batcher=batcher),
+        }
 
     def serve(self) -> None:
         """Start Triton and serve until a signal arrives. Raises SystemExit or ServerError; never returns."""
-        self._triton.serve(self._fleet)
+        self._triton.serve(self._fleet, **self._model)
 
 
 def _open_standard_streams() -> None:

@@ -65,56 +65,50 @@ LOGGER = logging.getLogger("server")
 
 
 class Triton:
-    """Wraps PyTriton's class of this name: bind a model, then serve it until a signal arrives."""
+    """Wraps PyTriton's class of this name: serves a model until a signal arrives."""
 
     def __init__(self, options: argparse.Namespace, lifecycle: Lifecycle):
         """Check the environment, addresses and ports. Raises UsageError if Triton cannot use them."""
-        self._verbose = options.verbose
-        self._behind_proxy = options.behind_proxy
-        self._timeout_s = options.triton_timeout_s
+        self._options = options
         self._lifecycle = lifecycle
         self._config = _configure(options)
         self._security = _secure(options)
-        self._model: dict = {}
         self._internals = _load_internals()
         _check_ports(self._config)
         find_folder()
         prepare_environment()
 
-    def bind(self, **model: object) -> None:
-        """Set the model. Takes the keyword arguments of PyTriton's ``bind``."""
-        self._model = model
-
-    def serve(self, fleet: Fleet) -> None:
+    def serve(self, fleet: Fleet, model_name: str, **model: object) -> None:
         """Start Triton, connect it to the fleet, and serve until a signal arrives.
 
-        Raises SystemExit or ServerError; never returns.
+        Takes the keyword arguments of PyTriton's ``bind``. Raises SystemExit or ServerError; never returns.
         """
-        with create_workspace(self._model["model_name"]) as workspace:
-            self._serve_from(Path(workspace), fleet)
+        with create_workspace(model_name) as workspace:
+            self._serve_from(Path(workspace), fleet, model_name, **model)
 
-    def _serve_from(self, workspace: Path, fleet: Fleet) -> None:
+    def _serve_from(self, workspace: Path, fleet: Fleet, model_name: str, **model: object) -> None:
         triton = pytriton.triton.Triton(
             config=self._config, workspace=workspace / "triton", security_config=self._security
         )
         helpers: list[psutil.Process] = []
         try:
-            model = self._internals.bind(triton, **self._model)
-            fleet.check_example(model)
+            bound = self._internals.bind(triton, model_name=model_name, **model)
+            fleet.check_example(bound)
             self._start(triton)
             if not (tritonservers := _tritonservers()):
                 raise ServerError("Triton exited unexpectedly; --verbose shows its log")
-            fleet.connect(model, tritonservers[0].pid)
+            fleet.connect(bound, tritonservers[0].pid)
             helpers = helpers_of(tritonservers)
             sockets = list((workspace / "triton").glob("*.sock"))
             watched = triton, helpers, sockets
             threading.Thread(target=self._watch_helpers, args=watched, daemon=True).start()
-            if not self._behind_proxy and not all(_is_loopback(address) for _, address, _ in _listening(self._config)):
+            is_private = all(_is_loopback(address) for _, address, _ in _listening(self._config))
+            if not is_private and not self._options.behind_proxy:
                 LOGGER.warning("EXPOSED: anyone who reaches this server can crash it; see docs/security.md for a proxy")
-            LOGGER.info("ready: model %s at %s", self._model["model_name"], _urls(self._config))
+            LOGGER.info("ready: model %s at %s", model_name, _urls(self._config))
             endpoint = next(_listening(self._config))  # HTTP's, or gRPC's if HTTP is off
-            probe = TritonProbe(*endpoint, self._model["model_name"])
-            with Watchdog(probe.is_ready, self._timeout_s, self._on_triton_hang):
+            probe = TritonProbe(*endpoint, model_name)
+            with Watchdog(probe.is_ready, self._options.triton_timeout_s, self._on_triton_hang):
                 triton.serve(monitoring_period_s=1)
             self._lifecycle.ignore_signals()
             raise ServerError("Triton exited unexpectedly; --verbose shows its log")
@@ -149,15 +143,17 @@ class Triton:
         with contextlib.suppress(ProcessLookupError):  # it has ended already
             ends = [os.pidfd_open(helper.pid) for helper in helpers]
             while not connection.wait(ends, timeout=1):
-                # Instances that have already connected would continue, but the others would always fail.
-                if deleted := [path for path in sockets if not path.exists()]:
+                # Instances that have already connected would continue, but the others would always fail. If Triton is
+                # ending, its helpers delete sockets and end as well.
+                deleted = [path for path in sockets if not path.exists()]
+                if deleted and not connection.wait(ends, timeout=1):
                     self._lifecycle.fail(f"stopping: {deleted[0]} was deleted")
                     return
         if triton.is_alive():  # otherwise, the main thread notices
             self._lifecycle.fail("stopping: one of Triton's helper processes exited")
 
     def _on_triton_hang(self) -> None:
-        self._lifecycle.fail(f"stopping: Triton has not responded for {self._timeout_s:g} s")
+        self._lifecycle.fail(f"stopping: Triton has not responded for {self._options.triton_timeout_s:g} s")
         # This ends the requests in flight, and the server if the signal from fail() is lost.
         kill_processes(_tritonservers())
 
@@ -169,7 +165,7 @@ class Triton:
         killer = threading.Timer(2 * EXIT_TIMEOUT_S, kill_processes, args=[_tritonservers()])
         killer.start()
         # PyTriton prints the output of Triton's processes, which ends with warnings of their resource trackers.
-        quiet = contextlib.nullcontext() if self._verbose else contextlib.redirect_stdout(io.StringIO())
+        quiet = contextlib.nullcontext() if self._options.verbose else contextlib.redirect_stdout(io.StringIO())
         with self._lifecycle.signals_deferred(), quiet:
             try:
                 triton.stop()

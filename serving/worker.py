@@ -29,7 +29,6 @@ class Ready:
 
     device_type: str
     instances: int
-    max_request_bytes: int
     warnings: Sequence[str]
 
 
@@ -59,7 +58,10 @@ def run_worker(
         options.max_batch_size = device_default(options, "max_batch_size", device_type)
         LOGGER.info("instances: %d, maximum batch size: %d", instances, options.max_batch_size)
         channels = channels[:instances]
-        memories = open_memories(channels, stages.limits(options)[1], device)
+        request_bytes, response_bytes = stages.limits(options)
+        for channel in channels:
+            channel.limit[0] = request_bytes
+        memories = open_memories(channels, response_bytes, device)
         count = device_default(options, "executors", device_type)
         executors = [Executor(stages, options, device, memories)]
         with _without_warnings():  # the others would repeat them
@@ -73,7 +75,7 @@ def run_worker(
     max_batch_weight = 1 if device_type == "cpu" else math.inf
     batcher = Batcher(channels, executors, printed, options.max_batch_size, max_batch_weight)
     messages = tuple(record.getMessage() for record in warnings.buffer)
-    pipe.send(Ready(device_type, instances, stages.limits(options)[0], messages))
+    pipe.send(Ready(device_type, instances, messages))
     printed.redirect()  # from here on, output may contain a client's text
     batcher.run()
 

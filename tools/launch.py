@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 STOP_TIMEOUT_S = 60
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores http_proxy in the environment
@@ -90,6 +90,25 @@ class LaunchedServer:
             self.process.send_signal(signal_number)
         return self.process.wait(timeout=STOP_TIMEOUT_S)
 
+    def wait_for(self, process: subprocess.Popen) -> int:
+        """Wait for the end of a process, and return its exit status, or that of the server if it ends first."""
+        while process.poll() is None:
+            if self.process.poll() is not None:  # its log says why
+                return self.process.returncode or 1
+            time.sleep(0.1)
+        return process.returncode
+
+
+@contextlib.contextmanager
+def running(command: Sequence[object], **options: object) -> Iterator[subprocess.Popen]:
+    """Run a command, and terminate it at the end of the block. ``options`` are those of Popen."""
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the server and the client that the arguments describe; return the exit status."""
@@ -98,19 +117,14 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exits the blocks that stop the server
     separator = arguments.index("--")
-    with LaunchedServer(arguments[:separator]) as server:
-        client = subprocess.Popen([sys.executable, *arguments[separator + 1 :], "--url", server.http_url])
-        try:
-            while client.poll() is None:
-                if server.process.poll() is not None:  # its log says why
-                    return server.process.returncode or 1
-                time.sleep(0.1)
-        except KeyboardInterrupt:
-            return 130
-        finally:
-            client.terminate()
-            client.wait()
-    return client.returncode
+    try:
+        with (
+            LaunchedServer(arguments[:separator]) as server,
+            running([sys.executable, *arguments[separator + 1 :], "--url", server.http_url]) as client,
+        ):
+            return server.wait_for(client)
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

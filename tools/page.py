@@ -14,26 +14,25 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from connection import MODEL_NAME
 from serving.options import number
-from tools.launch import LaunchedServer, free_ports
+from tools.launch import LaunchedServer, free_ports, running
 
 ROOT = Path(__file__).resolve().parent.parent
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
 
 
-def configure(folder: Path, port: int, server: LaunchedServer) -> Path:
+def configure(folder: Path, port: int, grpc_port: int, server: LaunchedServer) -> Path:
     """Put the proxy's files into a folder, with other ports and without keys. Return the path of nginx.conf."""
     # Other users can read this folder. deploy/ has the keys, and perhaps other files of the user.
     deploy = folder / "deploy"
     shutil.copytree(ROOT / "deploy" / "page", deploy / "page")
     shutil.copy(ROOT / "deploy" / "infer.js", deploy)
-    (grpc_port,) = free_ports(1)
     for name, replacements in {
         "nginx.conf": {
             "listen 8080;": f"listen 127.0.0.1:{port};",
@@ -54,28 +53,25 @@ def configure(folder: Path, port: int, server: LaunchedServer) -> Path:
     return deploy / "nginx.conf"
 
 
+def running_nginx(configuration: Path, **options: object) -> AbstractContextManager[subprocess.Popen]:
+    """Run nginx with this configuration inside a ``with`` block. ``options`` are those of Popen."""
+    return running([NGINX, "-e", "stderr", "-p", configuration.parent, "-c", configuration], **options)
+
+
 def serve(port: int, options: Sequence[str]) -> int:
     """Run both until one of them ends or a signal arrives. Return the exit status."""
     with (
         tempfile.TemporaryDirectory(prefix="page-") as folder,
         LaunchedServer([ROOT / "server.py", *options]) as server,
     ):
-        configuration = configure(Path(folder), port, server)
+        configuration = configure(Path(folder), port, *free_ports(1), server)
         try:
             server.wait_until_ready(MODEL_NAME, timeout_s=600)
         except RuntimeError:
             return server.process.returncode  # its log says why
-        nginx = subprocess.Popen([NGINX, "-e", "stderr", "-p", folder, "-c", configuration])
-        try:
+        with running_nginx(configuration) as nginx:
             print(f"\nOpen http://127.0.0.1:{port} in a browser. Press Ctrl-C to stop.\n", flush=True)
-            while nginx.poll() is None:
-                if server.process.poll() is not None:
-                    return server.process.returncode or 1
-                time.sleep(0.1)
-            return nginx.returncode
-        finally:
-            nginx.terminate()
-            nginx.wait()
+            return server.wait_for(nginx)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -20,14 +20,15 @@ from torchvision.transforms import v2
 
 from model_inference import SegmentationNetwork, build_module, pretrained_weights
 from server import NETWORK, parse_options
-from weights.loading import DEMO_PATH, fingerprint, load_weights, network_shapes, random_convolution
+from weights.loading import DEMO_PATH, fingerprint, load_weights, network_shapes, random_convolutions
 
 ROOT = Path(__file__).resolve().parent.parent
 
 PHOTOS = {"person": ("orig.jpg", "orig_mask.png"), "cat": ("cat_orig.jpg", "cat_mask.png")}
+BATCH_SIZE = 32
 DEFAULTS = parse_options([])
 INPUT_SIZE, THRESHOLD = DEFAULTS.input_size, DEFAULTS.threshold
-TRANSFORMS = pretrained_weights(NETWORK).transforms()
+TRANSFORMS = pretrained_weights(NETWORK).transforms(resize_size=None)
 NORMALIZE = v2.Normalize(TRANSFORMS.mean, TRANSFORMS.std)
 
 
@@ -106,7 +107,7 @@ class Batches:
         return NORMALIZE(random_colors(images)), labels[:, 0].long()
 
 
-def train(drawn: dict[str, torch.Tensor], steps: int, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+def train(drawn: dict[str, torch.Tensor], steps: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Train and return all tensors but ``drawn``, in fp16: those of batch norm, and of the last convolution."""
     torch.manual_seed(0)
     shapes = network_shapes(NETWORK)
@@ -118,8 +119,7 @@ def train(drawn: dict[str, torch.Tensor], steps: int, batch_size: int, device: t
     start = {name: value.long() if name.endswith("num_batches_tracked") else value for name, value in start.items()}
     network = build_module(NETWORK, start | drawn).to(device, memory_format=torch.channels_last)
 
-    learning = [value.requires_grad_(name not in drawn) for name, value in network.named_parameters()]
-    learning = [value for value in learning if value.requires_grad]
+    learning = [value.requires_grad_() for name, value in network.named_parameters() if name not in drawn]
     optimizer = torch.optim.AdamW(learning, lr=5e-3, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
     batches = Batches(device)
@@ -128,7 +128,7 @@ def train(drawn: dict[str, torch.Tensor], steps: int, batch_size: int, device: t
     began = time.monotonic()
     for step in range(1, steps + 1):
         # First random parts, for robust features; in the end nearly whole photos, as served, for accurate outlines.
-        images, labels = batches.draw(batch_size, roaming=0.6 * (1 - step / steps))
+        images, labels = batches.draw(BATCH_SIZE, roaming=0.6 * (1 - step / steps))
         with torch.autocast(device.type, torch.bfloat16):
             logits = network(images.contiguous(memory_format=torch.channels_last))["out"]
         loss = functional.cross_entropy(logits.float(), labels)
@@ -142,23 +142,13 @@ def train(drawn: dict[str, torch.Tensor], steps: int, batch_size: int, device: t
     return {name: value.half() if value.is_floating_point() else value for name, value in trained.items()}
 
 
-def draw_convolutions() -> dict[str, torch.Tensor]:
-    """Return the weights of all convolutions but the last, as the server draws them."""
-    return {
-        name: random_convolution(name, shape)
-        for name, shape in network_shapes(NETWORK).items()
-        if len(shape) == 4 and name != "classifier.4.weight"
-    }
-
-
 def report(path: Path, device: torch.device) -> None:
     """Print the scores of the file at ``path`` with Pillow's resizing. The tests measure them through the server."""
     network = SegmentationNetwork(NETWORK, load_weights("demo", NETWORK, path), device)
 
     def cut_out(photo: Image.Image, class_name: str) -> np.ndarray:
-        small = photo.resize((INPUT_SIZE, INPUT_SIZE), Image.Resampling.BILINEAR)
-        images = NORMALIZE(v2.functional.to_dtype(v2.functional.pil_to_tensor(small), torch.float32, scale=True))[None]
-        probability = network(images)[:, [network.class_names.index(class_name)]]
+        images = TRANSFORMS(photo.resize((INPUT_SIZE, INPUT_SIZE), Image.Resampling.BILINEAR))[None]
+        probability = network(images)[:, network.class_indices(class_name)]
         size = photo.size[::-1]
         return (functional.interpolate(probability, size=size, mode="bilinear")[0, 0] > THRESHOLD).cpu().numpy()
 
@@ -179,15 +169,14 @@ def report(path: Path, device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=DEMO_PATH)
     options = parser.parse_args()
-    drawn = draw_convolutions()
-    trained = train(drawn, options.steps, options.batch_size, options.device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    drawn = random_convolutions(NETWORK, trained=["classifier.4.weight"])
+    trained = train(drawn, options.steps, device)
     torch.save({"fingerprint": fingerprint(drawn), "state_dict": trained}, options.output)
     print(f"{options.output}: {options.output.stat().st_size / 1e6:.2f} MB")
-    report(options.output, options.device)
+    report(options.output, device)
 
 
 if __name__ == "__main__":

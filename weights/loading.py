@@ -6,6 +6,7 @@ import math
 import socket
 import sys
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -46,7 +47,8 @@ def load_weights(choice: str, network: str, demo_path: Path = DEMO_PATH) -> Stat
         return _load_pretrained(network)
     if choice == "demo":
         return _load_demo(demo_path, network)
-    return _load_file(Path(choice), network)
+    LOGGER.info("weights: %s", choice)
+    return _check(_read_file(Path(choice)), choice, network)
 
 
 def _load_pretrained(network: str) -> StateDict:
@@ -82,25 +84,14 @@ def _load_demo(path: Path, network: str) -> StateDict:
         raise UsageError(
             f"{path} is not a demonstration weights file: create it with python -m tools.train_demo"
         ) from None
-    shapes = network_shapes(network)
-    # Only convolutions are random. _check reports anything else that is missing.
-    drawn = {
-        name: random_convolution(name, shape)
-        for name, shape in shapes.items()
-        if name not in trained and len(shape) == 4
-    }
-    state_dict = _check(drawn | trained, str(path), network)
+    drawn = random_convolutions(network, trained)
+    state_dict = _check(drawn | trained, str(path), network)  # which reports anything else that is missing
     if fingerprint(drawn) != expected:
         raise UsageError(
             f"{path} was trained for another network, or torch {torch.__version__} generates different random numbers: "
             "create it again with python -m tools.train_demo"
         )
     return state_dict
-
-
-def _load_file(path: Path, network: str) -> StateDict:
-    LOGGER.info("weights: %s", path)
-    return _check(_read_file(path), str(path), network)
 
 
 def _read_file(path: Path) -> object:
@@ -138,6 +129,15 @@ def _check(state_dict: object, source: str, network: str) -> StateDict:
 def network_shapes(network: str) -> dict[str, torch.Size]:
     """Return the shapes in the network's state dict by name."""
     return {name: tensor.shape for name, tensor in empty_module(network).state_dict().items()}
+
+
+def random_convolutions(network: str, trained: Collection[str]) -> StateDict:
+    """Return the random weights of all convolutions of the network but those with the names in ``trained``."""
+    return {
+        name: random_convolution(name, shape)
+        for name, shape in network_shapes(network).items()
+        if len(shape) == 4 and name not in trained
+    }
 
 
 def random_convolution(name: str, shape: torch.Size) -> torch.Tensor:

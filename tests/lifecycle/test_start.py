@@ -446,7 +446,7 @@ def test_make_page_says_which_ports_there_are(port):
 
 def test_make_page_copies_no_keys_and_no_other_files(tmp_path):
     server = SimpleNamespace(http_port=1, grpc_url="grpc://127.0.0.1:2")
-    assert tools.page.configure(tmp_path, 3, server).parent == tmp_path / "deploy"
+    assert tools.page.configure(tmp_path, 3, 4, server).parent == tmp_path / "deploy"
     copied = {path.name for path in (tmp_path / "deploy").iterdir()}
     assert copied == {"nginx.conf", "servers.conf", "infer.js", "api_keys.conf", "page"}
     assert (tmp_path / "deploy" / "api_keys.conf").read_text() == "default anyone;\n"

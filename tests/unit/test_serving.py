@@ -320,9 +320,7 @@ def test_the_timeout_counts_from_the_last_response_to_anybody_and_is_waited_for_
 
 
 def make_instance(forked: Forked, traffic: Traffic | None = None) -> Instance:
-    instance = Instance(0, forked.channels[0], timeout_s=10, traffic=traffic or Traffic(1), lifecycle=Lifecycle(1))
-    instance.max_request_bytes = 1000
-    return instance
+    return Instance(0, forked.channels[0], timeout_s=10, traffic=traffic or Traffic(1), lifecycle=Lifecycle(1))
 
 
 def test_two_requests_in_one_call_do_not_share_memory():
