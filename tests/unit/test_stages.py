@@ -21,6 +21,7 @@ import maps
 from maps import label_map, probability_map, soft_cut_out
 from model_inference import (
     ConvReLU,
+    PackedConv,
     SegmentationNetwork,
     build_module,
     fuse_relu,
@@ -321,6 +322,33 @@ def test_each_relu_behind_a_convolution_is_fused():
     fused = [node for node in module.graph.nodes if isinstance(node.target, str) and node.target.endswith("_relu")]
     assert len(fused) == 107
     assert sum(len(node.args) == 2 for node in fused) == 33  # the residual blocks of ResNet101
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU that oneDNN supports in bf16")
+@pytest.mark.parametrize("dilation", [1, 12, 27, 28, 36])
+def test_a_packed_convolution_returns_the_same(dilation):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(64, 32, 3, padding=dilation, dilation=dilation, dtype=torch.bfloat16).requires_grad_(False)
+    images = torch.randn(2, 64, 28, 28, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    packed = PackedConv(conv)
+    torch.testing.assert_close(packed(images), conv(images))
+    assert packed(torch.full_like(images, torch.nan)).isnan().all()
+    with torch.inference_mode():
+        images[0, 0, 0, 0] = torch.nan  # reaches the pixels that have it under a tap
+        assert torch.equal(packed(images).isnan(), conv(images).isnan())
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU that oneDNN supports in bf16")
+@pytest.mark.parametrize("name", ["fcn_resnet50", "lraspp_mobilenet_v3_large"])
+def test_other_networks_agree_with_torchvision_in_bf16_on_a_cpu(name):
+    torch.manual_seed(0)
+    network = get_model(name, weights=None, weights_backbone=None, num_classes=21, aux_loss=False).eval()
+    images = torch.randn(2, 3, 224, 224)
+    packed = SegmentationNetwork(name, network.state_dict(), torch.device("cpu"), "bf16")
+    assert any(isinstance(layer, PackedConv) for layer in packed._module.modules())
+    with torch.inference_mode():
+        expected = network(images)["out"].softmax(1)
+    assert (packed(images) - expected).abs().mean() < 0.1 * expected.std()
 
 
 @NEEDS_GPU
