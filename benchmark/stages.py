@@ -71,7 +71,7 @@ def _throughput(executor: Executor, batch: list[Job]) -> float:
 
 
 def _time_stages(executor: Executor, batch: list[Job], loops: int) -> dict[str, float]:
-    """Return the median milliseconds of each stage, and of the copy to the host. Changes the executor."""
+    """Return the median milliseconds of each stage, and of the copy to the host. Wraps the executor's stages."""
     times = defaultdict(list)
 
     def timed(name: str, call: Callable) -> Callable:
