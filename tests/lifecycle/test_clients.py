@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""client.py where servers are busy, restart, or are behind the proxy with TLS and a key: no photo is lost."""
+"""client.py with servers that are busy, restart, or are behind the proxy with TLS and a key: no photo is lost."""
 
 import os
 import re

@@ -206,7 +206,7 @@ def patched(folder: Path, code: str) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broken]]:
-    """Servers by what happens to them. They start in parallel, because each takes some seconds to start and to end."""
+    """Servers by the fault that ends them, in parallel, because each takes some seconds to start and to end."""
     folder = tmp_path_factory.mktemp("broken")
     servers = {
         "killed worker": start_toy(folder / "worker"),
@@ -245,7 +245,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
             pool.submit(infer_until_rejected, exiting.server.connect("grpc"), exit=1, print="last words\n")
         ]
         broken["killed helper"].kill("stubs")
-        # The process that has the memory through which requests and responses pass.
+        # The process that owns the shared memory of requests and responses.
         broken["killed store"].kill("helpers", -1)
         next(broken["deleted socket"].server.home.glob("workspace_*/triton/*-data.sock")).unlink()
         broken["killed server"].server.process.kill()

@@ -416,7 +416,7 @@ def test_json_that_is_malformed_or_does_not_fit_the_photo_is_rejected(proxy, tex
 
 @NEEDS_NGINX
 def test_triton_gets_json_that_the_proxy_wrote():
-    """Of two members with the same name, different parsers take different ones: Triton sees one only."""
+    """Parsers disagree about which of two members with the same name counts, so Triton gets only one."""
     received = []
 
     class Recorder(http.server.BaseHTTPRequestHandler):

@@ -232,10 +232,10 @@ def url_of(request: pytest.FixtureRequest) -> str:
 
 
 class DrippingServer(http.server.BaseHTTPRequestHandler):
-    """Answers, one byte after the other."""
+    """Responds one byte at a time."""
 
     def do_GET(self) -> None:
-        with contextlib.suppress(OSError):  # until the client has gone
+        with contextlib.suppress(OSError):  # until the client disconnects
             self.wfile.write(b"HTTP/1.1 200 OK\r\n")
             while True:
                 self.wfile.write(b"x: y\r\n")
@@ -255,7 +255,7 @@ class RudeServer(SlowServer):
 
 
 class ForgetfulServer(SlowServer):
-    """Answers without what it was asked for."""
+    """Responds without the requested outputs."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
@@ -304,7 +304,7 @@ def test_it_waits_until_the_server_listens_and_the_model_is_ready(caplog):
     asked = itertools.count(1)
 
     class LateServer(http.server.BaseHTTPRequestHandler):
-        """The model is ready when somebody asks for the third time."""
+        """Says that the model is ready from the third request on."""
 
         def do_GET(self) -> None:
             self.send_response(200 if next(asked) >= 3 else 400)

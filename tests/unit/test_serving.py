@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of serving/ by themselves: channels, batches, instances, shared memory, the end of the server."""
+"""The parts of serving/ by themselves: channels, batches, instances, shared memory, shutdown."""
 
 import argparse
 import hashlib
@@ -62,7 +62,7 @@ class Functions(Stages):
 
 
 class Forked:
-    """A batcher in its own process, as the server has it."""
+    """A batcher in its own process, as in the server."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ def test_only_the_request_at_fault_in_a_batch_fails():
     release = FORK.Event()
 
     def compute(jobs):
-        release.wait()  # until all are waiting: the first call takes one or two, the next one all others
+        release.wait()  # until all are queued: the first call gets one or two, the next one all others
         if "bad" in notes(jobs):
             raise InvalidRequest("this one is bad")
         return [{} for _ in jobs]
@@ -398,7 +398,7 @@ def test_requests_in_flight_are_counted_over_all_processes():
     clients[0].end()
     assert traffic.in_flight == 2
     assert before < traffic.last_done < time.monotonic()
-    clients[1].process.kill()  # it cannot say that its request is over
+    clients[1].process.kill()  # it cannot report that its request has ended
     clients[1].process.join()
     assert traffic.in_flight == 2
     traffic.forget([1, 0])
@@ -428,7 +428,7 @@ def test_a_process_learns_that_the_server_is_stopping():
 
 
 def drain(lifecycle: Lifecycle, traffic: Traffic) -> tuple[float, bool]:
-    """Return the seconds that it took, and whether requests were abandoned."""
+    """Drain, and return the seconds that it took, and whether requests were abandoned."""
     abandoned, began = [], time.monotonic()
     lifecycle.drain(traffic, lambda: abandoned.append(True))
     return time.monotonic() - began, bool(abandoned)

@@ -153,7 +153,7 @@ def test_maps_match_numpy(device, size, monkeypatch):
     on_device = torch.from_numpy(probabilities).to(device)
     soft, labels = (call.cpu().numpy() for call in (probability_map(on_device[3], size), label_map(on_device, size)))
     assert (soft.dtype, soft.shape, labels.dtype, labels.shape) == (np.uint8, size, np.uint8, size)
-    assert np.abs(soft - 255 * exact[3]).max() < 0.5 + 1e-2  # of which 1e-2 is for float32
+    assert np.abs(soft - 255 * exact[3]).max() < 0.5 + 1e-2  # 1e-2 is for float32
     # Exactly, except where two classes are closer than float32 can tell.
     chosen = np.take_along_axis(exact, labels[None].astype(int), axis=0)[0]
     assert (exact.max(axis=0) - chosen).max() < 1e-5
@@ -253,7 +253,7 @@ def test_the_network_matches_torchvision_with_weights_from_torchs_cache(device, 
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-    reference.classifier[-1].weight.data *= 1.5e-4  # logits of a few, for probabilities that are neither all 0 or 1
+    reference.classifier[-1].weight.data *= 1.5e-4  # moderate logits: not all probabilities are 0 or 1
     file = tmp_path / "hub" / "checkpoints" / PRETRAINED.url.rsplit("/", 1)[1]
     file.parent.mkdir(parents=True)
     torch.save(reference.state_dict(), file)
