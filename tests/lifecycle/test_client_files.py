@@ -26,7 +26,7 @@ def digests(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
 
 
-def test_neither_a_photo_nor_anybody_elses_file_is_written_over(run_client, mask_server, tmp_path):
+def test_neither_photos_nor_files_of_others_are_overwritten(run_client, mask_server, tmp_path):
     shutil.copy(PERSON, "orig1.jpg")
     shutil.copy(CAT, "cat.jpg")
     before = digests(tmp_path)

@@ -53,7 +53,7 @@ def slow(servers: Mapping[str, Server]) -> Server:
     return servers["slow"]
 
 
-def test_more_clients_than_may_wait_are_rejected_immediately(slow):
+def test_requests_beyond_the_queue_limit_are_rejected_immediately(slow):
     connections = {protocol: slow.connect(protocol) for protocol in PROTOCOLS}
 
     def ask(protocol: str) -> str:
@@ -73,7 +73,7 @@ def test_more_clients_than_may_wait_are_rejected_immediately(slow):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_request_that_waited_too_long_is_not_begun(slow, protocol, tmp_path):
+def test_a_request_that_waited_too_long_is_not_processed(slow, protocol, tmp_path):
     begun, go_on = slow.metric("exec_count"), tmp_path / "go on"
     expired = metric_of_expired_requests(slow)
     connection = slow.connect("http")
@@ -112,7 +112,7 @@ def hang_up(connection: socket.socket) -> None:
     connection.close()
 
 
-def test_clients_that_give_up_or_do_not_read_do_not_disturb_others(servers):
+def test_clients_that_disconnect_or_do_not_read_do_not_disturb_others(servers):
     server = servers["strange clients"]
     (tritonserver,) = server.processes("tritonserver")
     http, grpc = (server.connect(protocol) for protocol in PROTOCOLS)

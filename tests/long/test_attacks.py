@@ -268,7 +268,7 @@ def test_lengths_that_are_ambiguous_wrong_or_missing(front_door, headers, expect
     assert statuses(front_door.http_port, request) == [expected]
 
 
-def test_a_request_behind_the_body_of_another_is_a_request_like_others(front_door):
+def test_a_request_after_the_body_of_another_is_a_request_like_others(front_door):
     smuggled = b"GET /v2/repository/index HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
     head = request_head("POST", INFER, RAW, "Content-Length: 4").replace(b"Connection: close\r\n", b"")
     assert statuses(front_door.http_port, head + b"1234" + smuggled) == [500, 404]  # no photo, not allowed
@@ -341,7 +341,7 @@ COSTLY = {
 
 
 @pytest.mark.parametrize("attack", COSTLY)
-def test_what_triton_would_pay_dearly_for_costs_nothing(front_door, attack):
+def test_requests_that_are_expensive_for_triton_cost_nothing(front_door, attack):
     def send_one(_: int) -> object:
         request = COSTLY[attack]
         if isinstance(request, bytes):

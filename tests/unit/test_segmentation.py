@@ -74,7 +74,7 @@ def test_responses_outlive_the_next_batches(running):
             np.testing.assert_array_equal(response[name], copy[name])
 
 
-def test_only_what_a_job_asks_for_is_computed(running, monkeypatch):
+def test_only_the_requested_outputs_are_computed(running, monkeypatch):
     nothing = job(running, "cat", outputs=("original",))
     cut_out = job(running, "cat", outputs=("mask", "encoded"), encoding=ImageEncoding("png", 100))
     maps = job(running, "cat", outputs=("probability", "labels"))

@@ -191,7 +191,7 @@ def test_only_the_request_at_fault_in_a_batch_fails():
                 assert response.result() == {}
 
 
-def test_a_batch_is_what_is_waiting():
+def test_a_batch_contains_the_queued_requests():
     entered, release, sizes = FORK.Event(), FORK.Event(), FORK.SimpleQueue()
 
     def compute(jobs):
@@ -281,7 +281,7 @@ def test_an_exception_of_the_stages_is_logged_and_the_client_gets_a_sentence(com
 
 
 @pytest.mark.parametrize("how", ["exit", "bug"])
-def test_callers_are_told_when_the_other_process_is_gone(how, monkeypatch):
+def test_callers_get_an_error_when_the_other_process_exits(how, monkeypatch):
     if how == "bug":
         monkeypatch.setattr(Batcher, "_compute", lambda *_: 1 / 0)
     with Forked(lambda jobs: os._exit(1), 1, max_batch_size=4) as forked, ThreadPoolExecutor(1) as pool:  # noqa: ARG005
@@ -691,7 +691,7 @@ def test_a_response_may_mix_arrays_of_the_host_with_tensors_of_the_device(device
     assert response["flags"].dtype == bool
 
 
-def test_a_deferred_output_is_computed_from_a_copy_and_stored_behind_the_others():
+def test_a_deferred_output_is_computed_from_a_copy_and_stored_after_the_others():
     memory, source = share_bytes(1000), np.arange(5)
     outputs = {
         "file": Deferred(lambda array: 2 * array, source),

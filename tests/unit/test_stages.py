@@ -314,7 +314,7 @@ def test_weights_too_large_for_fp16_are_noticed():
         load_network(NETWORK, state_dict, torch.device("cpu"), "fp16", 32)
 
 
-def test_each_relu_behind_a_convolution_is_fused():
+def test_each_relu_after_a_convolution_is_fused():
     module = fuse_relu(fuse(build_module(NETWORK, load_weights("demo", NETWORK))))
     called = [module.get_submodule(node.target) for node in module.graph.nodes if node.op == "call_module"]
     assert not any(isinstance(layer, torch.nn.ReLU) for layer in called)
