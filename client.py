@@ -86,7 +86,7 @@ def segment_file(
 
 
 def cut(original: np.ndarray, mask: np.ndarray) -> Image.Image:
-    """Return the photo with black where the mask is 0: the server's output ``segmented``."""
+    """Return the photo, uint8 ``[H, W, 3]``, with black where the mask, uint8 ``[H, W]``, is 0: ``segmented``."""
     return Image.fromarray(np.where(mask[..., None] > 0, original, np.uint8(0)))
 
 

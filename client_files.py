@@ -216,7 +216,7 @@ class OutputFolder:
 
     def _open_record(self, *arguments: object, **options: object) -> IO:
         path = self.folder / RECORD
-        # A link may point to anybody's file, and opening a pipe might wait forever.
+        # A link may point to another user's file, and opening a pipe might wait forever.
         if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
             raise OSError(errno.EINVAL, "it is not a file")
         return path.open(*arguments, **options)

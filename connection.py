@@ -30,7 +30,7 @@ DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "https": 443, "grpcs": 443}
 REQUEST_TIMEOUT_S = 300.0  # a server without a GPU may have a long queue
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 4.0  # between two attempts
 TLS_CHECK_AFTER_S = 1.0
-ANNOUNCE_S = 60.0  # how often retries are logged
+ANNOUNCE_S = 60.0  # between two log lines about retries
 
 BUSY = {"429", "502", "503", "StatusCode.UNAVAILABLE"}
 # The server and its proxy say "again later" if a retry may help. Triton listens before and after it serves the model.

@@ -19,7 +19,7 @@ from serving.executor import Executor, Job, open_memories
 from serving.options import device_default
 
 TIMED = ("preprocess", "network", "postprocess", "encode")  # attributes of Segmentation
-LOOPS = {"cuda": 12, "cpu": 2}  # how often each batch is timed
+LOOPS = {"cuda": 12, "cpu": 2}  # repetitions of each batch
 _channels: list[Sequence[Channel]] = []  # kept until the process ends, because their memory is pinned
 PARALLEL_S = 2.0  # duration of the parallel measurement
 

@@ -125,7 +125,7 @@ class StoredResponse(Packer):
             raise InvalidRequest(message) from None
 
     def complete(self) -> Mapping[str, ArraySpec]:
-        """Compute the deferred outputs, and return the specs of all arrays. Any thread may call this once."""
+        """Compute the deferred outputs, and return the specs of all arrays. May be called once, by any thread."""
         while self.deferred:
             name, output = self.deferred.popitem()
             self.add(name, output.compute(output.source))

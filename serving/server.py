@@ -39,7 +39,7 @@ class Server:
         self._processes = contextlib.ExitStack()
 
     def __enter__(self) -> "Server":
-        """Start a worker process per device, each of which creates an object of the stages, and the frontends."""
+        """Start the frontends, and for each device a worker process, which creates the stages. Raises SystemExit."""
         with contextlib.ExitStack() as processes:
             processes.enter_context(self._lifecycle)
             self._triton = Triton(self._options, self._lifecycle)  # checks ports and environment first

@@ -110,7 +110,7 @@ def test_a_request_with_two_photos_is_rejected(toy):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_watchdog_is_quiet_as_long_as_the_model_is_ready(toy, protocol, monkeypatch):
-    for name in ("http_proxy", "grpc_proxy"):  # nobody listens there
+    for name in ("http_proxy", "grpc_proxy"):  # no proxy listens there
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     port = toy.http_port if protocol == "http" else toy.grpc_port
     ready, ended, unknown = (threading.Event() for _ in range(3))

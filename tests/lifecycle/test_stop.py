@@ -75,7 +75,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
     with running_together(servers), ThreadPoolExecutor(100) as pool:
         stopped = {how: Stopped(server) for how, server in servers.items()}
         for how in UNDER_LOAD:
-            # More requests than can be finished: the others are told so, and the clients' connections stay open.
+            # More requests than can finish: the others get an error, and the clients' connections stay open.
             stopped[how].clients = [
                 pool.submit(infer_until_rejected, servers[how].connect(protocol), sleep_s=0.1)
                 for protocol in PROTOCOLS * 10

@@ -351,7 +351,7 @@ def test_requests_that_are_expensive_for_triton_cost_nothing(front_door, attack)
     before = front_door.server.memory().total()
     with ThreadPoolExecutor(6) as pool:
         assert set(pool.map(send_one, range(18))) <= {400, grpc.StatusCode.INVALID_ARGUMENT}
-    assert front_door.server.memory().total() - before < 50 * MEGABYTE  # the good client goes on
+    assert front_door.server.memory().total() - before < 50 * MEGABYTE  # the good client keeps sending
 
 
 @pytest.mark.parametrize("through", ["proxy", "server"])
@@ -384,7 +384,7 @@ def test_thousands_of_empty_bodies_leave_nothing_behind(front_door, protocol, th
     send(500)
     memory, shared = front_door.server.memory().total(), front_door.server.shared_memory()
     send(5000)
-    # The good client goes on as well.
+    # The good client also keeps sending.
     assert front_door.server.memory().total() - memory < 50 * MEGABYTE
     assert front_door.server.shared_memory() - shared < 10 * MEGABYTE  # PyTriton kept 6.6 KB of each
 

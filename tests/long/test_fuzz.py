@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each hostile photo gets its own pixels or one sentence, and the server goes on without growing.
+"""Each hostile photo gets its own pixels or one sentence, and the server keeps serving without growing.
 
 FUZZ in the environment sets the number of photos; the default is 4,000. tests/served has the short form.
 """

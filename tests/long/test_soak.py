@@ -61,7 +61,7 @@ def warm_up(url: str) -> None:
     """Get the largest responses, in its own process, so that heaps fill up."""
     connection = Connection(url)
     for outputs, parameters in WANTED:
-        together.wait(60)  # if all clients want the same at the same time, it takes the most memory
+        together.wait(60)  # memory peaks if all clients request the same at the same time
         for _ in range(20):
             connection.infer(GOOD[0], outputs, parameters)
 

@@ -147,7 +147,7 @@ MAP_SIZES = [(56, 56), (300, 451), (1, 1), (1, 7), (9, 4), (4000, 1), (3, 5000)]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", MAP_SIZES)
 def test_maps_match_numpy(device, size, monkeypatch):
-    monkeypatch.setitem(maps.BAND_PIXELS, device, 4096)  # several bands, and a photo of which a row is too long for one
+    monkeypatch.setitem(maps.BAND_PIXELS, device, 4096)  # several bands, and rows that are longer than a band
     probabilities = random_probabilities(seed=1)
     exact = np.array([interpolate(values, size) for values in probabilities.astype(np.float64)])
     on_device = torch.from_numpy(probabilities).to(device)
