@@ -30,7 +30,7 @@ DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "https": 443, "grpcs": 443}
 REQUEST_TIMEOUT_S = 300.0  # a server without a GPU may have a long queue
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 4.0  # between two attempts
 TLS_CHECK_AFTER_S = 1.0
-ANNOUNCE_S = 60.0  # between two log lines about retries
+ANNOUNCE_S = 60.0  # how often retries are logged
 
 BUSY = {"429", "502", "503", "StatusCode.UNAVAILABLE"}
 # The server and its proxy say "again later" if a retry may help. Triton listens before and after it serves the model.
@@ -118,7 +118,7 @@ class Connection:
             except Exception as error:  # each library has its own exceptions
                 state = f"cannot reach the server ({explain(error)}{self._proxy_hint()})"
             waited = time.monotonic() - began
-            # If the URL is not for TLS, check only after a while: the server may still be starting.
+            # Without a URL for TLS, check it only after a while: the server may still be starting.
             if not tls_checked and (self._tls or waited > min(timeout_s, TLS_CHECK_AFTER_S)):
                 tls_checked = self._check_tls()
             if waited > timeout_s:
@@ -133,7 +133,7 @@ class Connection:
     def _is_ready(self, timeout_s: float) -> bool:
         if self._is_grpc:
             return self.client.is_model_ready(self.model_name, client_timeout=timeout_s)
-        # The client's own timeouts restart with each byte that arrives.
+        # The client's own timeouts start again with each byte that arrives.
         with gevent.Timeout(timeout_s, TimeoutError("timed out")), self._new_http_client() as client:
             return client.is_model_ready(self.model_name)
 

@@ -2,7 +2,7 @@
 """Reads an encoded photo, and rejects it or rebuilds it for the decoder. No other code parses clients' files.
 
 Parsers disagree about ambiguous files: which of two EXIF blocks counts, where a damaged segment ends, how many frames
-an animation has. If two parsers in one decoder disagree, one allocates memory for the pixels, and the other
+an animation has. If the parsers of one decoder disagree, the first allocates memory for the pixels, and the second
 writes beyond it, or leaves a part of it unwritten, with the pixels of an earlier photo. Therefore, this package reads
 the file once, and writes a new one with a single still image. Metadata, previews, further pictures and unknown segments
 never reach a decoder.
