@@ -4,7 +4,7 @@
     python client.py --image-paths a.jpg b.jpg --dump-images
 
 Exit status: 0 if all photos succeeded, 1 if some failed or the report is incomplete, 2 if nothing could be sent, 130
-after Ctrl-C, 141 if the report's reader is gone and there are no files to write. Details: docs/client.md
+after Ctrl-C, 141 if the report's reader has exited and there are no files to write. Details: docs/client.md
 """
 
 import argparse
@@ -86,7 +86,7 @@ def segment_file(
 
 
 def cut(original: np.ndarray, mask: np.ndarray) -> Image.Image:
-    """Return the photo with black where the mask is 0: the server's output ``segmented``."""
+    """Return the photo, uint8 ``[H, W, 3]``, with black where the mask, uint8 ``[H, W]``, is 0: ``segmented``."""
     return Image.fromarray(np.where(mask[..., None] > 0, original, np.uint8(0)))
 
 
@@ -104,7 +104,7 @@ def upright(encoded: bytes) -> Image.Image:
 def file_of(image: Image.Image, kind: str) -> bytes:
     """Return the image as a ``JPEG`` or ``PNG`` file."""
     stream = io.BytesIO()
-    # The options are those of JPEG. Chroma subsampling would blur the edge between the cut-out and black.
+    # PNG ignores these options. Chroma subsampling would blur the edge between the cut-out and black.
     image.save(stream, kind, quality=95, subsampling=0)
     return stream.getvalue()
 

@@ -30,7 +30,7 @@ RECORD = ".segmentation.jsonl"
 
 
 class PhotoFile(NamedTuple):
-    """A file to send. ``problem`` says why it cannot be sent, if it cannot."""
+    """A file to send. ``problem`` says why it cannot be sent, and is empty if it can."""
 
     path: Path
     problem: str = ""
@@ -110,13 +110,13 @@ class OutputFolder:
     """A folder for the client's files, which is created if necessary. Thread-safe."""
 
     def __init__(self, folder: Path, photos: Iterable[Path] = (), overwrite: bool = False):
-        """``photos`` are never overwritten; ``overwrite`` permits it for all other files."""
+        """``photos`` are never overwritten; ``overwrite`` allows all other files to be replaced."""
         self.folder = folder
         self._overwrite = overwrite
         self._photos = {identity for photo in photos if (identity := _identity(photo))}
         self._lock = threading.Lock()
         self._written: set[tuple[str, str]] = set()  # names of files and their SHA-256
-        self._owners: dict[str, str] = {}  # a name's photo; some file systems ignore case
+        self._owners: dict[str, str] = {}  # the photo of each caseless name; some file systems ignore case
         with contextlib.suppress(OSError), self._open_record(errors="replace") as record:  # if there is one
             for line in record:
                 with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a damaged line
@@ -138,7 +138,7 @@ class OutputFolder:
             raise ClientError(f"--output-dir: cannot write {self.folder / RECORD} ({error.strerror})") from error
 
     def wrote(self, file: Path) -> bool:
-        """Return whether the client wrote a file of this folder, and it is unchanged."""
+        """Return whether the client wrote this file of the folder, and the file is unchanged."""
         if _caseless(file.name) not in self._owners:
             return False
         try:
@@ -173,7 +173,7 @@ class OutputFolder:
         return known == owner if known is not None else self._overwrite or not os.path.lexists(file)
 
     def _relative(self, photo: Path) -> str:
-        # Of real folders, because ".." in a path is not the way back through a symbolic link.
+        # Resolve the folders first: ".." in a path does not lead back through a symbolic link.
         return os.path.relpath(Path(os.path.realpath(photo.parent), photo.name), os.path.realpath(self.folder))
 
     def obstacle(self, file: Path) -> str:
@@ -216,7 +216,7 @@ class OutputFolder:
 
     def _open_record(self, *arguments: object, **options: object) -> IO:
         path = self.folder / RECORD
-        # A link may point to anybody's file, and opening a pipe might wait forever.
+        # A link may point to another user's file, and opening a pipe might wait forever.
         if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
             raise OSError(errno.EINVAL, "it is not a file")
         return path.open(*arguments, **options)
@@ -227,7 +227,7 @@ class OutputFolder:
 
 
 def _caseless(name: str) -> str:
-    """Return what two names have in common if a file system may take them for the same, as that of macOS does."""
+    """Return a key that is equal for two names if a file system, such as that of macOS, may treat them as the same."""
     return unicodedata.normalize("NFC", name).casefold()
 
 

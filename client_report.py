@@ -68,11 +68,11 @@ class Report:
 
     @property
     def is_read(self) -> bool:
-        """Whether a reader is left for photos that succeed."""
+        """Whether the results of photos that succeed can still be written anywhere."""
         return bool(self._lines or self._json)
 
     def add(self, result: Result) -> None:
-        """Report on a photo. A write error is reported once, and makes the report incomplete, but no photo fail."""
+        """Report on a photo. A write error is reported once. It makes the report incomplete, but no photo fails."""
         if self._json:
             self._json = self._print(json.dumps(result._asdict()), self._json)
         if result.error:

@@ -75,7 +75,7 @@ class Connection:
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             port = parts.port
-            (parts.hostname or "").encode("idna")  # as the socket module does when it looks for the address
+            (parts.hostname or "").encode("idna")  # as the socket module does when it looks up the address
         except UnicodeError:
             raise ClientError(f"--url {url}: {parts.hostname} is not a valid host name") from None
         except ValueError as error:
@@ -176,7 +176,7 @@ class Connection:
         parameters: Mapping[str, object] | None = None,
         timeout_us: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """Return the requested outputs, or the server's default ones, with a batch dimension of 1.
+        """Return the requested outputs by name, or the default ones, with a batch dimension of 1.
 
         ``encoded`` has the bytes of a photo. The server rejects it after ``timeout_us`` microseconds in the queue.
         Raises InferenceError, after ``retry_s`` seconds if it is transient.
@@ -311,7 +311,7 @@ class Connection:
 
 
 def _system_certificates() -> str | None:
-    """Return the file with the system's CAs. The libraries of both protocols would use their own."""
+    """Return the file with the system's CAs. By default, the HTTP and gRPC libraries use their own."""
     files = ssl.get_default_verify_paths().cafile, "/etc/ssl/certs/ca-certificates.crt"
     return next((file for file in files if file and Path(file).exists()), None)
 

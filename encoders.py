@@ -20,7 +20,7 @@ WEBP_LIMITS = ("encoding error 6", "encoding error 7")
 
 
 class Encode:
-    """Encode cut-outs and labels as image files. Not thread-safe."""
+    """Encodes cut-outs and labels as image files. Not thread-safe."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -73,7 +73,7 @@ def _open_encoder(device: torch.device) -> nvimgcodec.Encoder:
     on_gpu = device.type == "cuda"
     return nvimgcodec.Encoder(
         device_id=device.index or 0 if on_gpu else nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
-        max_num_cpu_threads=1,  # the caller's
+        max_num_cpu_threads=1,  # the calling thread
         # One backend, so that it cannot silently fall back to the other. nvJPEG counts as hybrid.
         backends=[nvimgcodec.Backend(nvimgcodec.HYBRID_CPU_GPU if on_gpu else nvimgcodec.CPU_ONLY)],
     )
@@ -93,7 +93,7 @@ def _encode(
 ) -> list[np.ndarray]:
     """Return the images as files of the format called ``name``, uint8 ``[N]`` each. Raises InferenceFailed."""
     images = nvimgcodec.as_images(images, cuda_stream=stream)
-    # Not pinned memory, the default: its allocation takes longer than it saves on the copy.
+    # Not pinned memory, the default, which takes longer to allocate than it saves on the copy.
     files = [nvimgcodec.CodeStream(pin_memory=False) for _ in images]
     files = encoder.encode(images, name, code_stream_s=files, params=parameters, cuda_stream=stream)
     if any(file is None for file in files):
@@ -121,5 +121,5 @@ def _encode_webp(quality: int, pixels: np.ndarray) -> np.ndarray:
 
 
 def _encode_labels(labels: np.ndarray) -> np.ndarray:
-    """Return indices of classes, uint8 ``[H, W]``, as a palette PNG, uint8 ``[N]``."""
+    """Return class indices, uint8 ``[H, W]``, as a palette PNG, uint8 ``[N]``."""
     return np.frombuffer(palette_png(labels), np.uint8)

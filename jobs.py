@@ -54,7 +54,7 @@ class Job:
     encoding: ImageEncoding | None = None  # of the output "encoded", if it is one of the outputs
 
     def needs(self, *outputs: str) -> bool:
-        """Return whether one of these has to be computed, to return it or to encode it."""
+        """Return whether the job returns or encodes any of these outputs."""
         return any(name in self.outputs or (self.encoding and name == self.encoding.source) for name in outputs)
 
 
@@ -67,7 +67,7 @@ def read_job(
     """Return the job of a request for these outputs. Raises InvalidRequest.
 
     ``class_indices`` turns the names of classes into their indices, or raises ValueError with the valid names.
-    ``options`` has the maximum number of pixels, and the default class and threshold.
+    ``options`` has the limit ``max_pixels``, and the defaults ``class_name`` and ``threshold``.
     """
     try:
         photo = read_photo(request["image"], options.max_pixels)
@@ -116,7 +116,7 @@ def _read_number(
     parameters: Mapping[str, object], name: str, low: int, high: int, default: float, whole: bool = False
 ) -> float:
     value = parameters.get(name, default)
-    # Whole numbers may arrive as floats: JSON and gRPC clients may send a double.
+    # JSON and gRPC clients may send whole numbers as doubles.
     if type(value) not in (int, float) or not low <= value <= high or (whole and value != int(value)):
         kind = "whole number" if whole else "number"
         raise InvalidRequest(f"{name} must be a {kind} between {low} and {high}, not {shorten(value)}")

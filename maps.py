@@ -10,25 +10,25 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn.functional import interpolate
 
-# The size of a band, for each class. On a CPU, 21 classes of this size fit into the cache; bands of 4 times the size
+# Pixels of a band, for each class. On a CPU, 21 classes of this size fit into the cache; bands of 4 times the size
 # took 3 times as long. A GPU needs fewer and larger bands to be busy.
 BAND_PIXELS = {"cpu": 1 << 17, "cuda": 1 << 20}
 
 
 def probability_map(probability: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Return a probability, float32 ``[S, S]``, at this height and width: uint8 ``[H, W]``, 255 for 1."""
+    """Return a probability, float32 ``[S, S]``, enlarged to this height and width: uint8 ``[H, W]``, 255 for 1."""
     return _enlarge(probability[None], size, lambda band: (255 * band[0]).round_())
 
 
 def label_map(probabilities: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Return the index of the most probable class in each pixel, uint8 ``[H, W]``.
 
-    ``probabilities`` is float32 ``[C, S, S]`` with a limit of 256 classes, and ``size`` the height and width.
+    ``probabilities`` is float32 ``[C, S, S]``, for up to 256 classes, and ``size`` is the height and width.
     """
     classes = torch.arange(len(probabilities), device=probabilities.device)
     if probabilities.device.type == "cpu":
-        # A class that is nowhere as probable as the average is never the most probable one. Most are not, and need not
-        # be enlarged. A GPU is fast enough for all, and would have to be waited for. NaN is kept.
+        # Skip most classes: one that is below the average everywhere is nowhere the most probable one. A GPU is fast
+        # enough to enlarge all, and this code would have to wait for it. ``~`` keeps classes with NaN.
         classes = classes[~(probabilities.amax(dim=(1, 2)) < 1 / (len(classes) + 1))]
     # The same as argmax, which takes 7 times as long on a CPU.
     return _enlarge(probabilities[classes], size, lambda band: classes[band.max(dim=0).indices])
@@ -42,10 +42,10 @@ def soft_cut_out(photo: object, probability: torch.Tensor, threshold: float, edg
     edge / 2)`` and ``high = min(1, threshold + edge / 2)``: a probability of 0 is always transparent, and 1 opaque.
     """
     photo = torch.from_dlpack(photo)
-    edge = max(edge, 1e-6)  # the resolution of float32 near 1, a few steps wide
+    edge = max(edge, 1e-6)  # about ten steps of float32 near 1
     low, high = max(0, threshold - edge / 2), min(1, threshold + edge / 2)
     slope = 255 / (high - low)
-    # In float64, because float32 would round a low just below 1 up to 1, and a probability of 1 would be transparent.
+    # In float64: float32 would round a ``low`` just below 1 up to 1, and make a probability of 1 transparent.
     alpha = _enlarge(
         probability[None], photo.shape[:2], lambda band: (slope * (band[0].double() - low)).round_().clamp_(0, 255)
     )
@@ -55,15 +55,15 @@ def soft_cut_out(photo: object, probability: torch.Tensor, threshold: float, edg
 
 @torch.inference_mode()
 def _enlarge(maps: torch.Tensor, size: Sequence[int], combine: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Interpolate maps, float32 ``[C, S, S]``, and combine those of each pixel into a whole number, uint8 ``[H, W]``.
+    """Interpolate maps, float32 ``[C, S, S]``, and combine the values of each pixel into one, uint8 ``[H, W]``.
 
-    ``combine`` gets float32 ``[C, rows, W]`` and returns ``[rows, W]`` of any dtype, from 0 to 255.
+    ``combine`` gets float32 ``[C, rows, W]`` and returns whole numbers from 0 to 255, ``[rows, W]`` of any dtype.
     """
     (height, width), (_, source_height, source_width) = size, maps.shape
     band_pixels = BAND_PIXELS[maps.device.type]
     if width > max(height, band_pixels):  # a single row would be too large
         return _enlarge(maps.mT, (width, height), combine).mT.contiguous()
-    if width < source_width:  # a narrow photo needs no longer rows
+    if width < source_width:  # do not compute rows that are wider than the photo
         maps = interpolate(maps[None], size=(source_height, width), mode="bilinear")[0]
     combined = torch.empty(height, width, dtype=torch.uint8, device=maps.device)
     count = max(1, band_pixels // width)

@@ -22,7 +22,7 @@ from torchvision.models import WeightsEnum, get_model, get_model_weights
 
 from serving.errors import UsageError
 
-MIN_SPEEDUP = 1.25  # to choose bf16 on a CPU: fast instructions speed it up by 1.7 or more, others by up to 1.1
+MIN_SPEEDUP = 1.25  # of bf16, for a CPU to use it; CPUs with fast instructions for bf16 reach 1.7 or more, others 1.1
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,7 +36,7 @@ def pretrained_weights(name: str) -> WeightsEnum:
 
 def empty_module(name: str) -> torch.nn.Module:
     """Return torchvision's network called ``name`` without its auxiliary head, with shapes but without values."""
-    # The meta device allocates no memory, and draws no random values, which the weights would replace.
+    # The meta device neither allocates memory nor draws random values, which the weights would replace anyway.
     with torch.device("meta"):
         class_count = len(pretrained_weights(name).meta["categories"])
         return get_model(name, weights=None, weights_backbone=None, num_classes=class_count, aux_loss=False)
@@ -196,7 +196,7 @@ class SegmentationNetwork:
 def add_classes(probabilities: torch.Tensor, classes: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return the sum of the probabilities of each image's requested classes, float32 ``[N, S, S]``.
 
-    ``probabilities`` is float32 ``[N, C, S, S]``, and ``classes`` has one index or more for each image.
+    ``probabilities`` is float32 ``[N, C, S, S]``, and ``classes`` has one or more indices for each image.
     """
     pairs = zip(probabilities, classes, strict=True)
     return torch.stack([functools.reduce(torch.add, [image[index] for index in wanted]) for image, wanted in pairs])
@@ -244,7 +244,7 @@ def pick_precision(device: torch.device) -> str:
 @functools.cache  # so that all executors of a worker choose the same
 @torch.inference_mode()
 def measure_bf16_speedup() -> float:
-    """Return how many times as fast one core of this CPU is with bf16 as with fp32, after half a second.
+    """Return the speedup of bf16 over fp32 on one core of this CPU. Takes half a second.
 
     The CPU's flags do not tell: some CPUs with AVX-512 instructions for bf16 are slower with it. This measures the
     convolutions of one of the 23 blocks in which a ResNet-101 spends most of its time.

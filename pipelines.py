@@ -19,15 +19,16 @@ from serving.errors import InvalidRequest
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0 to 1, as in the training of torchvision's weights
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Errors of nvImageCodec that mean that the file is at fault. The first two phrases are from its parsers, about some
-# damaged headers. The statuses are invalid parameter, and bad or unsupported code stream, from a codec or an extension.
-# All other statuses mean a failure of memory, CUDA or the library.
+# Errors of nvImageCodec that are blamed on the file. The first two phrases come from its parsers, for some damaged
+# headers. The statuses of the library (2, 3, 4, 9) and of its codecs (13, 17, 19) mean an invalid parameter, a bad,
+# incomplete or unsupported code stream, or an internal error of a codec. Most others mean a lack of memory or a failure
+# of CUDA.
 DECODING_ERROR = re.compile(r"Failed to decode|Invalid sample_type|nvImageCodec failure: '#(2|3|4|9|13|17|19)'")
 
 NVJPEG = {
     "device": "mixed",
     # nvJPEG pads each of its buffers, several per thread. With DALI's defaults, 8 MB on the host and 16 MB on the GPU,
-    # a worker grows by hundreds of megabytes as its threads meet more kinds of JPEG.
+    # a worker grows by hundreds of megabytes as its threads decode more kinds of JPEG.
     "host_memory_padding": 1 << 20,
     "device_memory_padding": 1 << 20,
 }
@@ -36,14 +37,14 @@ TensorList = TensorListCPU | TensorListGPU
 
 
 class Preprocess:
-    """Decode photos, and resize and normalize them for the network."""
+    """Decodes photos, and resizes and normalizes them for the network."""
 
     def __init__(self, device: torch.device, input_size: int, max_batch_size: int = 1, jpeg_hardware: bool = False):
         """``input_size`` is the width and height of the network's input in pixels.
 
-        ``jpeg_hardware`` lets the GPU's hardware decode JPEGs, for trusted clients only: it does not notice damage in
-        the data of a JPEG, and leaves a part of the photo uninitialized, with pixels of an earlier photo. nvJPEG's
-        other decoders notice the damage.
+        ``jpeg_hardware`` lets the GPU's hardware decode JPEGs, for trusted clients only: if the data of a JPEG is
+        damaged, the hardware reports no error, and leaves a part of the photo uninitialized, with pixels of an earlier
+        photo. nvJPEG's other decoders detect the damage.
         """
         self._device = device
         on_gpu, options = device.type == "cuda", _pipeline_options(device, max_batch_size)
@@ -58,7 +59,7 @@ class Preprocess:
         """Return the decoded photos and the network's input.
 
         Returns the photos, RGB, upright, uint8 ``[H, W, 3]`` each, and a float32 tensor ``[N, 3, S, S]``, both on the
-        device, in the order of torch's current stream. Raises InvalidRequest if one of the photos cannot be decoded.
+        device, and ordered on torch's current stream. Raises InvalidRequest if one of the photos cannot be decoded.
         """
         inputs = {"encoded": [photo.encoded for photo in photos]}
         on_gpu = self._device.type == "cuda"
@@ -81,7 +82,7 @@ class Preprocess:
 
 
 class Postprocess:
-    """Resize the probability to the size of the photo, and keep the pixels that exceed the threshold."""
+    """Resizes the probability to the size of the photo, and keeps the pixels that exceed the threshold."""
 
     def __init__(self, device: torch.device, max_batch_size: int = 1):
         self._device = device
@@ -125,7 +126,7 @@ def _preprocess_pipeline(on_gpu: bool, general: bool, jpeg_hardware: bool, input
     elif not general or fn.external_source(name="suits_nvjpeg", dtype=types.BOOL, ndim=0):
         photo = _decode(encoded, hw_decoder_load=1.0 if jpeg_hardware else 0.0, **NVJPEG)
     else:
-        # Also PNG: with device="mixed", those of 2 and 4 bits have wrong colors.
+        # Also all PNGs: device="mixed" returns wrong colors for those of 2 and 4 bits.
         photo = _decode(encoded, device="cpu").gpu()
     if general:
         orientation = fn.external_source(name="orientation", dtype=types.INT32, ndim=0)
@@ -166,7 +167,7 @@ def _decode(encoded, **options):
         encoded,
         output_type=types.RGB,
         jpeg_fancy_upsampling=True,  # as in every viewer; otherwise, the colors of 4:2:0 JPEGs differ visibly
-        adjust_orientation=False,  # photo/ has read the orientation
+        adjust_orientation=False,  # photo/ has already read the orientation
         **options,
     )
 

@@ -33,7 +33,7 @@ OUTPUTS = [
     Tensor(name="original", dtype=np.uint8, shape=(-1, -1, 3)),  # the decoded photo, RGB, upright
     Tensor(name="segmented", dtype=np.uint8, shape=(-1, -1, 3)),  # the photo's pixels of the class, 0 elsewhere
     Tensor(name="mask", dtype=np.uint8, shape=(-1, -1)),  # 255 where the class is, 0 elsewhere
-    Tensor(name="probability", dtype=np.uint8, shape=(-1, -1)),  # of the class, 255 for 1
+    Tensor(name="probability", dtype=np.uint8, shape=(-1, -1)),  # of the class; 255 means 1
     Tensor(name="labels", dtype=np.uint8, shape=(-1, -1)),  # the index of the most probable class
     Tensor(name="encoded", dtype=np.uint8, shape=(-1,)),  # "segmented" or "labels" as an image file
 ]
@@ -41,7 +41,7 @@ DEFAULT_OUTPUTS = ("original", "segmented")
 
 
 class Segmentation(Stages):
-    """The stages: DALI preprocesses, the network infers, DALI postprocesses, and image files are encoded."""
+    """The stages: DALI preprocesses, the network infers, DALI postprocesses, and encoders.py writes image files."""
 
     size_option = "max_pixels"
 
@@ -52,7 +52,7 @@ class Segmentation(Stages):
 
     @classmethod
     def example(cls, options: argparse.Namespace) -> Request:
-        """Return a request with which the server warms up: a small photo, and all outputs."""
+        """Return the warm-up request: a small photo, with all outputs."""
         photo, outputs = blank_photo(options.max_pixels), [tensor.name for tensor in OUTPUTS]
         return Request({"image": photo}, {"format": "jpeg"}, requested_output_names=outputs)
 
@@ -77,15 +77,16 @@ class Segmentation(Stages):
             raise UsageError(f"--class-name {error}") from None
 
     def read(self, request: Request) -> Job:
-        """Check a request before it joins a batch. Raises InvalidRequest, whose message goes to the client."""
+        """Turn a request into a job, before it joins a batch. Raises InvalidRequest; its message goes to the client."""
         outputs = request.requested_output_names
-        # Triton turns a request that names no outputs into one that names them all.
+        # Triton lists all outputs for a request that names none. Return the default ones, unless a parameter of the
+        # output "encoded" shows that the client wants all.
         if len(outputs) == len(OUTPUTS) and not request.parameters.keys() & FILE_PARAMETERS:
             outputs = DEFAULT_OUTPUTS
         return read_job(request, outputs, self.network.class_indices, self.options)
 
     def weigh(self, job: Job) -> float:
-        """Return the share of the pixels that a photo can have."""
+        """Return the size of the photo as a share of ``--max-pixels``, from 0 to 1."""
         return job.photo.width * job.photo.height / self.options.max_pixels
 
     def __call__(self, jobs: Sequence[Job]) -> list[dict | Checked]:

@@ -106,7 +106,7 @@ def measure_servers(cases: Sequence[Case], device: str, options: argparse.Namesp
 
 @contextlib.contextmanager
 def running_servers(names: Iterable[str], device: str, server_command: str) -> Iterator[dict]:
-    """Start the servers in parallel, and yield them when all are ready: LaunchedServers, and the proxy like one."""
+    """Start the servers in parallel. Yield them by name when all are ready: LaunchedServers, and a similar proxy."""
     from server import MODEL_NAME
     from serving.triton import MALLOC_ENVIRONMENT
     from tools.launch import LaunchedServer
@@ -115,7 +115,7 @@ def running_servers(names: Iterable[str], device: str, server_command: str) -> I
     commands["server"] = shlex.split(server_command)
     servers = {}
     with contextlib.ExitStack() as stack:
-        # The proxy stands in front of the ceiling.
+        # The proxy forwards requests to the ceiling.
         for name in dict.fromkeys("ceiling" if name == "proxy" else name for name in names):
             command = [*commands[name], "--device", device]
             servers[name] = stack.enter_context(LaunchedServer(command, cwd=ROOT, stdout=sys.stderr))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server whose stages do no work: it returns ready-made images. Its throughput is the limit of all other parts.
+"""A server whose stages do no work: it returns ready-made images. Its throughput is the limit of everything else.
 
     python -m benchmark.ceiling [--device cpu] [--frontends 2] [--http-port 8000]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a server, and how much CPU time they have used."""
+"""The processes of a server, and the CPU time that they have used."""
 
 import contextlib
 from collections import Counter

@@ -47,7 +47,7 @@ def start_processes(count: int) -> ProcessPoolExecutor:
 def measure(
     pool: ProcessPoolExecutor, server: LaunchedServer, case: Case, in_flight: int, seconds: float
 ) -> Measurement:
-    """Keep ``in_flight`` photos in flight for some seconds."""
+    """Keep ``in_flight`` photos in flight for this number of seconds."""
     url = server.http_url if case.protocol == "http" else server.grpc_url
     cpu_before = cpu_seconds(server.process.pid)
     begin = time.time() + HEAD_START_S

@@ -19,7 +19,7 @@ from serving.executor import Executor, Job, open_memories
 from serving.options import device_default
 
 TIMED = ("preprocess", "network", "postprocess", "encode")  # attributes of Segmentation
-LOOPS = {"cuda": 12, "cpu": 2}  # how often each batch is timed
+LOOPS = {"cuda": 12, "cpu": 2}  # repetitions of each batch
 _channels: list[Sequence[Channel]] = []  # kept until the process ends, because their memory is pinned
 PARALLEL_S = 2.0  # duration of the parallel measurement
 
@@ -71,7 +71,7 @@ def _throughput(executor: Executor, batch: list[Job]) -> float:
 
 
 def _time_stages(executor: Executor, batch: list[Job], loops: int) -> dict[str, float]:
-    """Return the median milliseconds of each stage, and of the copy to the host. Changes the executor."""
+    """Return the median milliseconds of each stage, and of the copy to the host. Wraps the executor's stages."""
     times = defaultdict(list)
 
     def timed(name: str, call: Callable) -> Callable:

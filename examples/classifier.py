@@ -57,7 +57,7 @@ class Classification(Stages):
 
     @classmethod
     def example(cls, options: argparse.Namespace) -> Request:
-        """Return a request with which the server warms up: a small photo, and all outputs."""
+        """Return the warm-up request: a small photo, with all outputs."""
         photo, outputs = blank_photo(options.max_pixels), [tensor.name for tensor in OUTPUTS]
         return Request({"image": photo}, {"top": MAX_TOP}, requested_output_names=outputs)
 
@@ -75,7 +75,7 @@ class Classification(Stages):
         self.names = np.array(ResNet50_Weights.DEFAULT.meta["categories"])
 
     def read(self, request: Request) -> Job:
-        """Check a request before it joins a batch. Raises InvalidRequest, whose message goes to the client."""
+        """Turn a request into a job, before it joins a batch. Raises InvalidRequest; its message goes to the client."""
         try:
             photo = read_photo(request["image"], self.options.max_pixels)
         except InvalidPhoto as error:
@@ -88,7 +88,7 @@ class Classification(Stages):
         return Job(photo, top, request.requested_output_names)
 
     def weigh(self, job: Job) -> float:
-        """Return the share of the pixels that a photo can have."""
+        """Return the size of the photo as a share of ``--max-pixels``, from 0 to 1."""
         return job.photo.width * job.photo.height / self.options.max_pixels
 
     def __call__(self, jobs: Sequence[Job]) -> list[dict]:

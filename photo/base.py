@@ -18,18 +18,18 @@ INTEGER_BYTES = {3: 2, 4: 4}  # of the types SHORT and LONG
 
 
 class InvalidPhoto(ValueError):
-    """The photo is rejected. The message is one sentence for its sender."""
+    """The photo is rejected. The message is one sentence for the client."""
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A file with one still image and nothing else."""
+    """A rebuilt file: one still image and nothing else."""
 
     encoded: np.ndarray  # uint8 [N]
     width: int  # in pixels, before the orientation is applied
     height: int
     orientation: int  # 1 to 8, as in EXIF
-    suits_nvjpeg: bool = False  # whether the GPU's decoder returns the same pixels as all others
+    suits_nvjpeg: bool = False  # whether nvJPEG returns the same pixels as other decoders
 
 
 def damaged(part: str) -> InvalidPhoto:
@@ -69,8 +69,8 @@ def read_orientation(exif: bytes) -> int:
     """Return the orientation that an EXIF block states, 1 to 8, or 1 if it states none or cannot be read.
 
     Reads only the first entry with this tag in the first directory, which must be a single SHORT, as the standard
-    says, or LONG, as some programs write. (Pillow copies the data of each entry, and 5,000 entries can all refer to
-    the same 60 KB.)
+    says, or LONG, as some programs write. Pillow would copy the data of each entry, and 5,000 entries can all refer to
+    the same 60 KB.
     """
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "little", b"MM\0*": "big"}.get(exif[:4])

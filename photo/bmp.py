@@ -11,7 +11,7 @@ FILE_HEADER = 14  # bytes
 OS2_HEADER, WINDOWS_HEADER, LATER_HEADERS = 12, 40, (52, 56, 64, 108, 124)
 RGB, BITFIELDS = 0, 3
 COMPRESSIONS = {RGB: "no color masks", 1: "RLE8 compression", 2: "RLE4 compression", BITFIELDS: "color masks"}
-# Bits per pixel and compression. RLE is missing, because it may leave pixels out.
+# Bits per pixel and compression. RLE is not supported, because it may omit pixels.
 SUPPORTED = {(1, RGB), (4, RGB), (8, RGB), (16, BITFIELDS), (24, RGB), (32, RGB), (32, BITFIELDS)}
 MASKS_16 = {(0x7C00, 0x3E0, 0x1F), (0xF800, 0x7E0, 0x1F)}  # red, green, blue; 5 bits each, or 6 for green
 BYTE_MASKS = {0xFF << 8 * index: index for index in range(4)}
@@ -46,7 +46,7 @@ def read_bmp(data: memoryview, max_pixels: int) -> Photo:
         colors = min(colors or 1 << bits, 1 << bits)
         table = _read_palette(data[FILE_HEADER + header_size :][: colors * entry], entry, 1 << bits)
     elif compression == BITFIELDS:
-        masks = unpack("<III", data, FILE_HEADER + WINDOWS_HEADER)  # after this header, or in a later one
+        masks = unpack("<III", data, FILE_HEADER + WINDOWS_HEADER)  # after this header, or within a longer one
         if bits == 16 and masks in MASKS_16:
             table = struct.pack("<III", *masks)
         elif bits == 32 and len(BYTE_MASKS.keys() & masks) == 3:

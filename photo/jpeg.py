@@ -27,9 +27,9 @@ from photo.base import (
 )
 
 # Encoders write about 10 scans into a progressive JPEG. A scan of 44 bytes makes the decoder visit every pixel, which
-# takes 70 ms at 25 megapixels. The second limit is for the largest photos.
+# takes 70 ms at 25 megapixels. The second limit applies to photos of ``max_pixels``.
 MAX_SCANS, MAX_SCANS_OF_LARGEST = 64, 24
-MAX_TABLES = 1000  # fewer even if each scan has all of them
+MAX_TABLES = 1000  # more than a file needs, even if each scan redefines all tables
 
 # Markers, as in table B.1.
 SOF0, SOF1, SOF2, DHT, SOI, EOI, SOS, DQT, DNL, DRI = 0xC0, 0xC1, 0xC2, 0xC4, 0xD8, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD
@@ -79,7 +79,7 @@ class JpegReader:
         self.components: dict[int, Component] = {}  # by the number in the file
         self.scans: list[bytes | memoryview] = []
         self.scan_count = 0
-        self.in_force: dict[object, bytes] = {DRI: bytes(2)}  # segments of the new file that apply to the next scan
+        self.active: dict[object, bytes] = {DRI: bytes(2)}  # segments of the new file that apply to the next scan
 
     def read(self) -> Photo:
         """Read the segments up to the end of the image, and ignore the rest: phones append pictures and videos."""
@@ -122,7 +122,7 @@ class JpegReader:
         elif marker == DRI:
             (self.restart_interval,) = unpack(">H", body)
         elif APP0 <= marker <= APP15 or marker == COM:
-            if not self.scans:  # later ones do not count, as in decoders and viewers
+            if not self.scans:  # decoders and viewers also ignore later ones
                 self.read_metadata(marker, body)
         elif marker in OTHER_FRAMES:
             raise InvalidPhoto(f"the photo is an arithmetic-coded, lossless or hierarchical JPEG: {BASELINE_ADVICE}")
@@ -164,7 +164,7 @@ class JpegReader:
             used = 0  # codes of this length, including those that start with a shorter code
             for length, count in enumerate(counts, 1):
                 used = 2 * used + count
-                if count and used >= 1 << length:  # the code of ones alone is reserved
+                if count and used >= 1 << length:  # the code of all ones is reserved
                     raise damaged("a Huffman table")
             if kind == DC and max(body[17:size], default=0) > 15:
                 raise damaged("a Huffman table")
@@ -189,7 +189,7 @@ class JpegReader:
         if count not in (1, 3, 4) or len(body) != 6 + 3 * count:
             raise damaged("its color components")
         for number, factors, quantization in struct.iter_unpack("BBB", body[6:]):
-            horizontal, vertical = divmod(factors, 16) if count > 1 else (1, 1)  # alone: meaningless
+            horizontal, vertical = divmod(factors, 16) if count > 1 else (1, 1)  # a single component's are meaningless
             if number in self.components or not {horizontal, vertical} <= {1, 2, 3, 4} or quantization > 3:
                 raise damaged("its color components")
             self.components[number] = Component(horizontal, vertical, quantization)
@@ -218,29 +218,29 @@ class JpegReader:
         first, last, bits = body[-3:]
         if self.frame != SOF2:
             first, last, bits = 0, 63, 0  # decoders ignore these values
-        had, low = divmod(bits, 16)
-        self.check_progress(components, first, last, had, low)
+        previous, low = divmod(bits, 16)
+        self.check_progress(components, first, last, previous, low)
 
         header = bytes([count])
         numbers = list(self.components)
         for number, tables in zip(body[1:-3:2], body[2:-3:2], strict=True):
             dc, ac = divmod(tables, 16)
-            dc, ac = dc if first == 0 and not had else None, ac if last else None
+            dc, ac = dc if first == 0 and not previous else None, ac if last else None
             for key in ((DC, dc), (AC, ac)):
                 if key[1] is not None:
                     if key not in self.huffman:
                         raise damaged("no Huffman table")
-                    self.put_in_force(key, DHT, self.huffman[key])
+                    self.activate(key, DHT, self.huffman[key])
             header += bytes([1 + numbers.index(number), 16 * (dc or 0) + (ac or 0)])
-        self.put_in_force(DRI, DRI, struct.pack(">H", self.restart_interval))
+        self.activate(DRI, DRI, struct.pack(">H", self.restart_interval))
         data_end, end = self.find_end(position, self.count_restarts(components))
         self.scans += [_segment(SOS, header + bytes([first, last, bits])), self.data[position:data_end]]
         return end
 
-    def check_progress(self, components: Sequence[Component], first: int, last: int, had: int, low: int) -> None:
-        """Check that the scan has its coefficients for the first time, or the next bit of them."""
+    def check_progress(self, components: Sequence[Component], first: int, last: int, previous: int, low: int) -> None:
+        """Check that the scan contains its coefficients for the first time, or their next bit."""
         is_progressive = self.frame == SOF2
-        if not first <= last <= 63 or low > 13 or had not in (0, low + 1):
+        if not first <= last <= 63 or low > 13 or previous not in (0, low + 1):
             raise damaged("a scan")
         if is_progressive and (last if first == 0 else len(components) > 1 or components[0].lowest_bits[0] is None):
             raise damaged("a scan")
@@ -249,14 +249,14 @@ class JpegReader:
         for component in components:
             if component.quantization not in self.quantization:
                 raise damaged("no quantization table")
-            if set(component.lowest_bits[first : last + 1]) != {had or None}:
+            if set(component.lowest_bits[first : last + 1]) != {previous or None}:
                 raise damaged("scans that are not in order")
             component.lowest_bits[first : last + 1] = [low] * (last + 1 - first)
 
-    def put_in_force(self, key: object, marker: int, body: bytes) -> None:
+    def activate(self, key: object, marker: int, body: bytes) -> None:
         """Write a segment that the next scan needs, unless it already applies."""
-        if self.in_force.get(key) != body:
-            self.in_force[key] = body
+        if self.active.get(key) != body:
+            self.active[key] = body
             self.scans.append(_segment(marker, body))
 
     def count_restarts(self, components: Sequence[Component]) -> int:
@@ -326,7 +326,7 @@ class JpegReader:
         return Photo(encoded, self.width, self.height, self.orientation or 1, self.suits_nvjpeg())
 
     def suits_nvjpeg(self) -> bool:
-        """Return whether nvJPEG returns the same pixels as libjpeg (12.4, on an H200).
+        """Return whether nvJPEG returns the same pixels as libjpeg (measured with nvJPEG 12.4 on an H200).
 
         nvJPEG takes RGB for YCbCr, damages some photos with restart markers, and changes the colors near the edges.
         """
@@ -335,8 +335,8 @@ class JpegReader:
     def describe_colors(self) -> bytes:
         """Return the segment that defines the color components, by the rules of libjpeg, which Pillow uses.
 
-        Four components without Adobe's segment are CMYK. Pillow always takes CMYK for inverted, as Adobe's programs
-        write it; decoders do so if there is such a segment.
+        Four components without Adobe's segment are CMYK. Pillow always treats CMYK as inverted, as Adobe's programs
+        write it; decoders do so only if there is such a segment.
         """
         if self.is_gray_or_ycbcr():
             return _segment(APP0, JFIF)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
-ALIGNMENT = 64  # of each array: a cache line, which is enough for any dtype
+ALIGNMENT = 64  # bytes, of each array: a cache line, which is enough for any dtype
 STRINGS = "object"  # the dtype of arrays of bytes objects, as in PyTriton
 
 
@@ -31,11 +31,11 @@ class Packer:
         self.end = 0
 
     def reserve(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """Return room for an array of fixed-size values."""
+        """Return uninitialized memory for an array of fixed-size values, with this shape and dtype."""
         return self.allocate(name, shape, dtype, math.prod(shape) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """Copy an array, or strings."""
+        """Copy an array of numbers or strings into the memory."""
         if array.dtype.kind in "OU":
             content, dtype = _serialize(array), STRINGS
         else:

@@ -19,7 +19,7 @@ from serving.executor import Executor, Job
 from serving.memory import StoredResponse
 from serving.printed import Printed
 
-LARGE_WEIGHT = 1 / 6  # of the largest possible job
+LARGE_WEIGHT = 1 / 6  # heavier jobs are large; the largest possible job weighs 1
 
 LOGGER = logging.getLogger("server")
 
@@ -37,8 +37,8 @@ def exit_on_error() -> Iterator[None]:
 class Batcher:
     """Computes the requests from the channels in batches, without waiting for a batch to fill.
 
-    One thread reads requests, and rejects some. Each of the others computes one batch at a time. Large jobs do not hold
-    up small ones: some channels are reserved for small jobs, which are part of the next batch.
+    One thread reads and checks requests. Each executor has a thread, which computes one batch at a time. Large jobs do
+    not hold up small ones: some channels are reserved for small jobs, and a small job may join any batch.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Batcher:
         self._arrived = threading.Condition()  # guards both lists
         # A fifth of the channels remains for small jobs, even while clients wait for large files to be encoded.
         self._large = threading.Semaphore(max(1, len(channels) * 4 // 5))
-        # At a lower priority than the batches, which keep the device busy. On Linux, each thread has its own niceness.
+        # Its priority is lower than that of the batches, which keep the device busy. On Linux, niceness is per thread.
         self._pool = ThreadPoolExecutor(os.cpu_count(), "deferred", initializer=os.nice, initargs=(5,))
 
     def run(self) -> None:
@@ -122,7 +122,7 @@ class Batcher:
             responses = executor.compute(batch)
         except Exception as error:
             if len(batch) > 1:
-                self._printed.read()  # the faulty job will print it again
+                self._printed.read()  # discarded: the faulty job will print it again
                 for job in batch:
                     self._compute(executor, [job])
                 return

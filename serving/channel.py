@@ -21,7 +21,7 @@ class Channel:
     """Carries one request at a time to a worker process, and its response back. Create it before the fork.
 
     Semaphores signal each arrival. With sockets, the caller would release and acquire the GIL once or twice more per
-    request, which cost a tenth of the throughput.
+    request, which costs a tenth of the throughput.
     """
 
     def __init__(self, request_bytes: int, response_bytes: int, queued: Semaphore, last_response: np.ndarray):
@@ -51,9 +51,9 @@ class Channel:
 
         The arrays stay valid until the next call. ``message`` is anything that can be pickled.
 
-        Raises ValueError if the request does not fit into the channel, ConnectionError if the worker is gone,
+        Raises ValueError if the request does not fit into the channel, ConnectionError if the worker exited,
         TimeoutError if the worker has not responded on any channel for ``timeout_s`` seconds, and the exception that it
-        responds with. A TimeoutError closes the channel: a late response must not become that of the next request.
+        responds with. A TimeoutError closes the channel: the next call must not read a late response.
         """
         packer = Packer(self._request.memory)
         for name, array in arrays.items():
@@ -86,16 +86,16 @@ class Channel:
     # For any process.
 
     def close(self) -> None:
-        """Make current and future calls fail because the worker is gone."""
+        """Make current and future calls fail because the worker exited."""
         self._closed[0] = True
         self._response_sent.release()
 
     def is_processing(self) -> bool:
-        """Return whether the worker has taken a request, and has not responded to it."""
+        """Return whether the worker has taken a request and not yet responded to it."""
         return bool(self._calling[0]) and self._request_sent.get_value() == 0
 
     def describe_request(self) -> str:
-        """Return the size and the SHA-256 of each array of the request that is being processed."""
+        """Return the size and the SHA-256 of each array of the request in progress."""
         specs, _ = self._request.read()
         return ", ".join(
             f"{name} of {spec.end - spec.begin} bytes with SHA-256 "
@@ -106,7 +106,7 @@ class Channel:
     # For the worker.
 
     def take(self) -> tuple[dict[str, np.ndarray], object] | None:
-        """Return the arrays and the message of a request, or None if there is none."""
+        """Return the arrays and the message of the next request, or None if none has arrived."""
         if not self._request_sent.acquire(block=False):
             return None
         specs, message = self._request.read()
@@ -125,7 +125,7 @@ def open_channels(count: int, request_bytes: int, response_bytes: int) -> list[C
 
 
 class _Message:
-    """Memory for something pickled, and for arrays."""
+    """Memory for one pickled object and its arrays."""
 
     def __init__(self, array_bytes: int):
         memory = share_bytes(MESSAGE_BYTES + array_bytes + SLACK_BYTES)

@@ -92,7 +92,7 @@ class CudaStream:
     def __enter__(self) -> None:
         import torch
 
-        # On exit, torch restores the previous GPU. Without this line, that is GPU 0, which would get a context.
+        # On exit, torch restores the previous GPU. Without this line, that is GPU 0, which would get a CUDA context.
         torch.cuda.set_device(self._stream.device)
         self._context.__enter__()
 

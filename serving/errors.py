@@ -19,7 +19,7 @@ class UsageError(ServerError):
 
 
 def start_error(failure: str, error: BaseException) -> ServerError:
-    """Return the exception for a start that ``error`` ends, as one line. Logs the traceback if the log is verbose."""
+    """Return a one-line exception for a failed start, and log the traceback of ``error`` at debug level."""
     LOGGER.debug(failure, exc_info=error)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ServerError(f"{failure}: {reason}; --verbose shows where")

@@ -60,7 +60,7 @@ class Executor:
         return Job(channel, content, self.stages.weigh(content))
 
     def compute(self, jobs: Sequence[Job]) -> list[StoredResponse | Exception]:
-        """Return the response of each job, in the memory of its channel. Raises the exceptions of the stages."""
+        """Return the response of each job, in the memory of its channel, or its error. Raises what the stages raise."""
         with self._stream:
             results = self.stages([job.content for job in jobs])
             results = [result if isinstance(result, Checked) else Checked(result, True, None) for result in results]
@@ -73,7 +73,7 @@ class Executor:
         ]
 
     def _store(self, job: Job, outputs: Mapping[str, object]) -> StoredResponse | InvalidRequest:
-        # A response that is too large must not make the batcher compute the others in the batch again.
+        # If this raised, the batcher would compute all other jobs of the batch again.
         try:
             return self._memories[job.channel].store(outputs)
         except InvalidRequest as error:
@@ -94,6 +94,6 @@ class Executor:
 
 
 def open_memories(channels: Sequence[Channel], response_bytes: int, device: str) -> dict[Channel, ResponseMemory]:
-    """Return the memory for the responses of each channel, of up to this size."""
+    """Return the memory of each channel for responses of up to ``response_bytes``."""
     size = response_bytes + SLACK_BYTES
     return {channel: ResponseMemory(channel.response_memory[:size], device) for channel in channels}

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from serving.pytriton_internals import FrontendModel
 
 CONNECT_TIMEOUT_S = 30
-GPUS_PER_TRITON = 2  # if the network is fast, more of them add little; measured in docs/production.md
+GPUS_PER_TRITON = 2  # with a fast network, more GPUs add little throughput; see docs/production.md
 
 LOGGER = logging.getLogger("server")
 
@@ -86,7 +86,7 @@ class Fleet:
         """Start the processes and wait until the workers are ready. Raises ServerError."""
         # Libraries such as DALI remove their temporary files when a process exits, but workers are killed.
         self._temporary = tempfile.TemporaryDirectory(prefix="workers_", ignore_cleanup_errors=True)
-        tempfile.tempdir = self._temporary.name  # also in the processes that are forked
+        tempfile.tempdir = self._temporary.name  # forked processes inherit it
         try:
             self._fork()
             self._wait_for_workers()
@@ -129,7 +129,7 @@ class Fleet:
                 process = Child("worker", run_worker, self._stages, options, name, channels, printed, shm_bytes)
                 device = _Device(name, instances, printed, process, [])
                 self._devices.append(device)
-                # The type of the device is unknown until the worker reports it. Start as many as for a GPU.
+                # The type of the device is unknown until the worker reports it. Start as many frontends as for a GPU.
                 for _ in range(count_frontends(options, "cuda", len(names))):
                     device.frontends.append(_Frontend(instances))
 

@@ -30,14 +30,14 @@ class Assignment:
     """The model and the instances for a frontend to serve."""
 
     config: TritonModelConfig
-    numbers: dict[int, int]  # the number in Triton of each instance, by its position in the frontend's list
+    numbers: dict[int, int]  # each instance's number in Triton, by its position in the frontend's list
     triton: int  # the process ID of tritonserver
 
 
 def run_frontend(pipe: Connection, instances: Sequence[Instance], heartbeat: np.ndarray) -> None:
     """Receive an Assignment, serve it, and confirm with True. Returns if a handler has ended.
 
-    ``heartbeat`` is float64 ``[1]``, which changes unless this process hangs. If the server is killed, this
+    ``heartbeat``, float64 ``[1]``, changes until this process hangs. If the server is killed, this
     process ends Triton, which would wait forever for the requests in flight.
     """
     server = os.getppid()

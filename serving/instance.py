@@ -16,10 +16,10 @@ LOGGER = logging.getLogger("server")
 
 
 class Instance:
-    """One instance of the model, with one request at a time. A frontend calls it in a separate thread."""
+    """One instance of the model. A frontend calls each instance in a separate thread, with one request at a time."""
 
     def __init__(self, number: int, channel: Channel, timeout_s: float, traffic: Traffic, lifecycle: Lifecycle):
-        """``channel`` is for this instance only. A worker that is silent for ``timeout_s`` seconds stops the server."""
+        """``channel`` is for this instance only. The server stops if a worker is silent for ``timeout_s`` seconds."""
         self.number = number
         self.channel = channel
         self._timeout_s = timeout_s

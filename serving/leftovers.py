@@ -36,14 +36,14 @@ def model_folders(helpers: Iterable[psutil.Process]) -> list[Path]:
 
 
 def is_named(process: psutil.Process, prefix: str) -> bool:
-    """Return whether the process is running and has a name that begins like this."""
+    """Return whether the process is running and its name begins with ``prefix``."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.name().startswith(prefix)
     return False
 
 
 def kill_processes(processes: Iterable[psutil.Process]) -> None:
-    """Kill processes that may have ended already."""
+    """Kill processes, some of which may have already ended."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -67,7 +67,7 @@ def remove_after_server(server: int, triton: int, workspace: Path) -> None:
         tritonservers.append(psutil.Process(triton))
     helpers = helpers_of(tritonservers)
     folders = [workspace, *model_folders(helpers)]
-    if tempfile.tempdir:  # set by Fleet, for this process as well
+    if tempfile.tempdir:  # set by Fleet before it forked this process
         folders.append(Path(tempfile.tempdir))
     kill_processes(tritonservers)
     remove_leftovers(server, helpers, folders)

@@ -82,7 +82,7 @@ class ResponseMemory:
         return pinned
 
     def _pin(self, size: int) -> None:
-        # Only the largest size so far, instead of everything: pinned pages take up memory even if they are unused.
+        # Pin only the largest size so far: pinned pages take up memory even if they are unused.
         if min(size, len(self._memory)) <= self._pinned:
             return
         import torch
@@ -125,7 +125,7 @@ class StoredResponse(Packer):
             raise InvalidRequest(message) from None
 
     def complete(self) -> Mapping[str, ArraySpec]:
-        """Compute the deferred outputs, and return the specs of all arrays. Thread-safe."""
+        """Compute the deferred outputs, and return the specs of all arrays. May be called once, by any thread."""
         while self.deferred:
             name, output = self.deferred.popitem()
             self.add(name, output.compute(output.source))

@@ -9,9 +9,8 @@ import socket
 from collections.abc import Callable
 
 # Defaults by the type of the device. A GPU computes two batches at the same time: it preprocesses one while the network
-# computes the other. A third of its instances copy requests and responses. A CPU has one instance more than the client
-# keeps requests in flight by default: the batcher reserves it for small ones. The queue is as long as a few seconds of
-# work.
+# computes the other. The remaining third of its instances copy requests and responses. A CPU has one instance more than
+# the client's default --concurrency: the batcher reserves one for small requests. A full queue is some seconds of work.
 DEVICE_DEFAULTS = {
     "cuda": {"instances": 20, "max_batch_size": 7, "executors": 2, "max_queue": 512},
     "cpu": {"instances": 5, "max_batch_size": 4, "executors": 1, "max_queue": 12},
@@ -48,7 +47,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def number(kind: type, lowest: float, highest: float | None = None) -> Callable[[str], float]:
-    """Return an argparse type: a number of this kind within the bounds, inclusive."""
+    """Return an argparse type for numbers of this kind, ``int`` or ``float``, within inclusive bounds."""
     what = "a whole number" if kind is int else "a number"
     valid = f"{what} >= {lowest}" if highest is None else f"{what} between {lowest} and {highest}"
 
@@ -65,7 +64,7 @@ def number(kind: type, lowest: float, highest: float | None = None) -> Callable[
 
 
 def device_names(text: str) -> str:
-    """Check ``--device``, as an argparse type."""
+    """Return the value of ``--device`` if it is valid. An argparse type."""
     if not re.fullmatch(r"auto|all|(cpu|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*", text):
         raise argparse.ArgumentTypeError(
             f"must be auto, all, cpu, cuda, cuda:N, or several devices separated by commas, not {text or 'empty'}"
@@ -134,7 +133,7 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
 
 
 class LineFormatter(logging.Formatter):
-    """Keeps a message on one line, and indents tracebacks, so that a client's text cannot look like another line."""
+    """Keeps a message on one line, and indents tracebacks, so that a client's text cannot look like another entry."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """Return the line, with escape sequences for unprintable characters."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server's child processes: forked from it, connected by a pipe, and never alive without it."""
+"""The server's child processes: forked from it, connected by a pipe, and killed with it by default."""
 
 import contextlib
 import ctypes
@@ -44,7 +44,7 @@ class Child:
             self.pipe.send(message)
 
     def receive(self) -> object:
-        """Return the next object that the child sends. Raises ServerError: the child's, or if it has exited."""
+        """Return the next object that the child sends. Raises the child's ServerError, or one if it has exited."""
         try:
             message = self.pipe.recv()
         except (EOFError, ConnectionError):

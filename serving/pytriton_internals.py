@@ -45,7 +45,7 @@ _ = (
 # default, that takes 21 more requests, and each collection leaves the current cycle to the next generation: one request
 # in 252 stays.
 #
-# PyTriton keeps requests forever that it cannot send to the server. No request is in flight when execute() returns,
+# PyTriton never releases requests that it cannot send to the server. No request is in flight when execute() returns,
 # unless a model is decoupled.
 STUB_ADDITION = """
 
@@ -83,7 +83,7 @@ class FrontendModel(Model):
     _loaded = False
 
     def setup(self) -> None:
-        """PyTriton calls this when Triton has loaded the model. Its own method would start the handlers."""
+        """PyTriton calls this when Triton has loaded the model. The overridden method starts the handlers."""
         self._loaded = True
 
     def is_alive(self) -> bool:
@@ -91,7 +91,7 @@ class FrontendModel(Model):
         return self._loaded
 
     def clean(self) -> None:
-        """PyTriton calls this when Triton has stopped. Its own method would stop the handlers."""
+        """PyTriton calls this when Triton has stopped. The overridden method stops the handlers."""
 
     def get_proxy_model_files(self) -> dict[str, bytes]:
         """Return the files that PyTriton runs in the stub processes."""
@@ -118,7 +118,7 @@ def bind(triton: Triton, **model: object) -> FrontendModel:
 
 
 def start_handlers(config: TritonModelConfig, instances: Mapping[int, Instance]) -> list[threading.Thread]:
-    """Start the handlers of instances, by their numbers in Triton, in this process. Returns their threads."""
+    """Start the handlers of instances, keyed by their numbers in Triton, in this process. Returns the threads."""
     # The tensor store belongs to another process, but Python would remove it when this one ends. From Python 3.13 on,
     # SharedMemory has an argument for this.
     resource_tracker.register = resource_tracker.unregister = lambda *_: None

@@ -23,8 +23,8 @@ MAX_WAIT_S = 60  # in Triton's queue, before a request is rejected
 class Server:
     """Serves one model. Used like PyTriton's Triton: bind a model inside a ``with`` block, then serve it.
 
-    A signal raises SystemExit in the block, with status 0. Any other reason to stop is one line on stderr, with status
-    2 if the user has to change something, and 1 otherwise.
+    A signal raises SystemExit in the block, with status 0. Any other reason to stop prints one line to stderr, and sets
+    status 2 if the user has to change something, or 1.
     """
 
     def __init__(self, stages: type[Stages], options: argparse.Namespace):
@@ -39,7 +39,7 @@ class Server:
         self._processes = contextlib.ExitStack()
 
     def __enter__(self) -> "Server":
-        """Start a worker process per device, each of which creates an object of the stages, and the frontends."""
+        """Start the frontends, and for each device a worker process, which creates the stages. Raises SystemExit."""
         with contextlib.ExitStack() as processes:
             processes.enter_context(self._lifecycle)
             self._triton = Triton(self._options, self._lifecycle)  # checks ports and environment first
@@ -52,7 +52,7 @@ class Server:
 
     @property
     def instances(self) -> Sequence[Instance]:
-        """The callables for PyTriton. Each has one request at a time, and its own memory."""
+        """The callables for PyTriton. Each processes one request at a time, in its own memory."""
         return self._fleet.instances
 
     def bind(
@@ -87,7 +87,7 @@ class Server:
 
 
 def _open_standard_streams() -> None:
-    """Open those that are closed. Otherwise, a pipe could get their number, and with it the output of libraries."""
+    """Open those that are closed. Otherwise, a pipe could get the number of one, and the output of libraries."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

@@ -16,7 +16,7 @@ class Deferred:
     """An output that the CPU computes from an array on the device, such as a compressed file.
 
     The array is copied to the host, and ``compute`` then runs in a thread of a pool, so that neither the device nor the
-    other jobs of the batch wait for it. It gets a numpy array and returns one.
+    other jobs of the batch wait for it. It gets and returns a numpy array.
     """
 
     compute: Callable[[np.ndarray], np.ndarray]
@@ -41,7 +41,7 @@ class Stages(abc.ABC):
 
     One thread calls the object. On a GPU, it has its own CUDA stream, which is torch's current stream in the
     constructor and in all calls. Another thread calls ``read`` and ``weigh`` of the first executor's object, even
-    during a batch. The objects of all executors may compute the job.
+    during a batch. Any executor's object may then compute the job.
     """
 
     # The name of an option, a whole number, with which the limits grow. If /dev/shm is too small, the server lowers it.
@@ -55,7 +55,7 @@ class Stages(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def example(cls, options: argparse.Namespace) -> Request:
-        """Return a valid request, without a batch dimension. The server only starts if it gets a response."""
+        """Return a valid request, without a batch dimension. The server only starts if this request succeeds."""
 
     @abc.abstractmethod
     def __init__(self, options: argparse.Namespace, device: str):
@@ -80,5 +80,5 @@ class Stages(abc.ABC):
         """
 
     def weigh(self, job: object) -> float:  # noqa: ARG002
-        """Return how large a job is, 1 for the largest possible one, so that large jobs do not hold up small ones."""
+        """Return the size of a job, up to 1 for the largest possible one. Large jobs do not hold up small ones."""
         return 0

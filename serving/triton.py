@@ -58,7 +58,7 @@ TOKEN = re.compile(r"[\w-]{16,}", re.ASCII)
 # usual 8 MB, a few megabytes from a client crash Triton. Unused parts of a stack take up no memory.
 STACK_BYTES = 1 << 30
 
-# Each connection needs one, and each instance some.
+# Each connection needs one file, and each instance several.
 MIN_OPEN_FILES = 1024
 
 LOGGER = logging.getLogger("server")
@@ -131,7 +131,7 @@ class Triton:
         finally:
             with self._lifecycle.signals_deferred():
                 started.set()
-                # Triton does not remove it, and needs it only for models with their own environment.
+                # Triton does not remove this folder, and needs it only for models with their own environment.
                 for folder in set(Path("/tmp").glob("python_env_*")) - environments:
                     with contextlib.suppress(OSError):
                         folder.rmdir()
@@ -277,7 +277,7 @@ def prepare_environment() -> None:
     os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, [*found, os.environ.get("LD_LIBRARY_PATH")]))
     for name, value in (MALLOC_ENVIRONMENT | INSTANCES_ONE_BY_ONE | {"PATH": os.defpath}).items():
         os.environ.setdefault(name, value)
-    # Not RLIM_INFINITY, for which glibc's threads have 2 MB.
+    # Not RLIM_INFINITY, with which glibc gives threads 2 MB.
     _, highest = resource.getrlimit(resource.RLIMIT_STACK)
     stack_bytes = STACK_BYTES if highest == resource.RLIM_INFINITY else min(STACK_BYTES, highest)
     resource.setrlimit(resource.RLIMIT_STACK, (stack_bytes, highest))

@@ -48,7 +48,7 @@ def _default_folders() -> list[Path]:
 
 
 def _find_problem(folder: Path, model_name: str) -> str:
-    # This is the longest of its paths with up to 1,000 instances.
+    # The longest path in the folder, with up to 1,000 instances.
     socket_path = folder / "workspace_12345678" / "triton" / f"{model_name}_0_999-server.sock"
     if not SAFE_PATH.fullmatch(str(folder)):
         return f"the path of PyTriton's folder, {str(folder)!r}, has characters that Triton does not support"

@@ -79,7 +79,7 @@ class Server(LaunchedServer):
 
     def __exit__(self, *_: object) -> None:
         """Kill the remaining processes, and remove the leftovers of a killed server."""
-        # Not as a user would, which takes 5 s. Python's resource trackers have time to clean up.
+        # Kill the server, because stopping it takes 5 s. Python's resource trackers survive, and clean up.
         family = self.family()
         self.segments()
         for process in family:
@@ -111,7 +111,7 @@ class Server(LaunchedServer):
         return super().stop(signal_number)
 
     def segments(self) -> set[Path]:
-        """Return the segments of shared memory that its processes have had, as far as they still exist."""
+        """Return the shared-memory segments that its processes have used and that still exist."""
         for process in self.family():
             with contextlib.suppress(psutil.Error):
                 self._segments |= {
@@ -125,19 +125,19 @@ class Server(LaunchedServer):
         return Connection(self.http_url if protocol == "http" else self.grpc_url, self.model_name)
 
     def metric(self, name: str) -> int:
-        """Return the sum of one of Triton's metrics, ``nv_inference_`` and the name."""
+        """Return the sum over all series of Triton's metric ``nv_inference_NAME``."""
         lines = get(self.metrics_port, "/metrics").splitlines()
         return int(sum(float(line.split()[-1]) for line in lines if line.startswith(f"nv_inference_{name}{{")))
 
     def memory(self) -> Counter[str]:
-        """Return the bytes that each kind of process has, with those that they share counted once."""
+        """Return the memory of each kind of process in bytes, with shared pages counted once."""
         main, memory = psutil.Process(self.process.pid), Counter()
         for process in self.family():
             memory[kind(process, main)] += process.memory_full_info().pss
         return memory
 
     def shared_memory(self) -> int:
-        """Return the bytes that its segments of shared memory have, also those that no process has any more."""
+        """Return the size of its shared-memory segments in bytes, including those that no process uses."""
         return sum(segment.stat().st_blocks * 512 for segment in self.segments())
 
     def family(self) -> list[psutil.Process]:
@@ -190,7 +190,7 @@ def start_toy(log: Path, *arguments: object, **options: object) -> Server:
 
 @contextlib.contextmanager
 def running_together(servers: Mapping[str, Server]) -> Iterator[Mapping[str, Server]]:
-    """Yield servers that are starting once all are ready. To start one after the other would take longer."""
+    """Yield servers that are starting once all are ready. Starting them one after another would take longer."""
     with contextlib.ExitStack() as stack:
         for server in servers.values():
             stack.enter_context(server)
@@ -297,7 +297,7 @@ def decode(encoded: bytes) -> np.ndarray:
 
 
 def decode_cut_out(encoded: bytes) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return a cut-out from its file, uint8 ``[H, W, 3]``, black where it is transparent, its alpha and its format."""
+    """Return a file's pixels, uint8 ``[H, W, 3]``, black where they are transparent; its alpha; and its format."""
     image = Image.open(io.BytesIO(encoded))
     rgba = np.asarray(image.convert("RGBA"))
     return np.where(rgba[..., 3:], rgba[..., :3], 0), rgba[..., 3], image.format
@@ -309,7 +309,7 @@ def with_chunk(png: bytes, kind: bytes, data: bytes, count: int = 1) -> bytes:
 
 
 def with_wrong_checksum(png: bytes) -> bytes:
-    """Return the PNG with another checksum of its last part of pixels: only the decoder notices."""
+    """Return the PNG with a wrong checksum in its last IDAT chunk, which only the decoder notices."""
     return png[:-16] + bytes(4) + png[-12:]
 
 
@@ -360,7 +360,7 @@ def infer_until_rejected(connection: Connection, photo: bytes = PHOTO, **paramet
 
 
 def http_request(photo: bytes, model_name: str = MODEL_NAME) -> bytes:
-    """Return the simplest request for a photo that Triton accepts, as it goes over the wire."""
+    """Return the bytes of the simplest HTTP request with a photo that Triton accepts."""
     head = (
         f"POST /v2/models/{model_name}/infer HTTP/1.1\r\nHost: test\r\nContent-Length: {len(photo)}\r\n"
         "Inference-Header-Content-Length: 0\r\n\r\n"

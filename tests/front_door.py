@@ -28,7 +28,7 @@ NEEDS_NGINX = pytest.mark.skipif(
     not NGINX or not Path("/usr/lib/nginx/modules/ngx_http_js_module.so").exists(),
     reason="needs nginx: apt install nginx libnginx-mod-http-js",
 )
-# Attacks come from another address than the client that must not notice them.
+# Attacks and the client that must not notice them have different addresses.
 ATTACKER = "127.0.0.2"
 SERVICE = "/inference.GRPCInferenceService"
 KEY = "6fa04a" + 29 * "5c"
@@ -44,7 +44,7 @@ TOY = {
 
 
 def adapt(configuration: str, replacements: Mapping[str, str]) -> str:
-    """Return a configuration with replacements for the test. Each of them has to be necessary."""
+    """Return a configuration with replacements for the test. Each of them must match."""
     for there, here in replacements.items():
         assert there in configuration, there
         configuration = configuration.replace(there, here)
@@ -78,7 +78,7 @@ class Proxy:
         self.http_port, self.grpc_port, self.https_port = free_ports()
         (self.grpcs_port,) = free_ports(1)
         self._servers = servers
-        # nginx's processes give up root's rights, and need a folder that they can reach.
+        # nginx's workers drop root privileges, and need a folder that they can reach.
         self.folder = Path(tempfile.mkdtemp(prefix="nginx-"))
         self.folder.chmod(0o755)
         replacements = {
@@ -159,7 +159,7 @@ class Proxy:
         assert not alive
 
     def memory(self) -> int:
-        """Return the bytes that its processes have."""
+        """Return the memory of its processes in bytes."""
         processes = [psutil.Process(self.process.pid), *self.workers()]
         return sum(process.memory_full_info().pss for process in processes)
 
@@ -184,8 +184,8 @@ def connected(port: int, receive_buffer: int = 0) -> Iterator[socket.socket]:
 
 
 def send(connection: socket.socket, data: bytes) -> None:
-    """Send as much as the other side takes."""
-    with contextlib.suppress(OSError):  # it may have responded and closed the connection already
+    """Send as much as the other side accepts."""
+    with contextlib.suppress(OSError):  # it may have already responded and closed the connection
         connection.sendall(data)
 
 
@@ -212,14 +212,14 @@ def statuses(port: int, data: bytes) -> list[int]:
 
 
 def status(port: int, method: str, path: str, *headers: str, body: bytes = b"") -> int:
-    """Send a request as it is, and return the status of the first response."""
+    """Send a request unchanged, and return the status of the first response."""
     with connected(port) as connection:
         send(connection, request_head(method, path, *headers) + body)
         return int(connection.makefile("rb").readline().split()[1])
 
 
 def rejection(port: int, method: str, path: str, *headers: str, body: bytes = b"") -> tuple[int, str]:
-    """Send a request as it is, and return the status and the sentence with which it is rejected."""
+    """Send a request unchanged, and return the status and the sentence with which it is rejected."""
     with connected(port) as connection:
         send(connection, request_head(method, path, *headers) + body)
         # Until the response is complete: nginx waits for a body that does not come before it closes the connection.
@@ -255,14 +255,14 @@ def grpc_rejection(port: int, message: bytes) -> tuple[grpc.StatusCode, str]:
 
 
 def described(photo: bytes) -> dict:
-    """Return the JSON of Triton's client over HTTP for a photo to the toy."""
+    """Return the JSON that Triton's HTTP client sends to the toy with a photo."""
     size = len(photo)
     image = {"name": "image", "datatype": "UINT8", "shape": [1, size], "parameters": {"binary_data_size": size}}
     return {"inputs": [image], "parameters": {"binary_data_output": True}}
 
 
 def infer_message(photo: bytes) -> service_pb2.ModelInferRequest:
-    """Return the message of Triton's client over gRPC for a photo to the toy."""
+    """Return the message that Triton's gRPC client sends to the toy with a photo."""
     request = service_pb2.ModelInferRequest(model_name="Toy", raw_input_contents=[photo])
     request.inputs.add(name="image", datatype="UINT8", shape=[1, len(photo)])
     return request

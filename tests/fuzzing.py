@@ -63,7 +63,7 @@ def expected_pixels(photo: Sample) -> list[np.ndarray]:
 
 
 def is_right(photo: Sample, original: np.ndarray) -> bool:
-    """Return whether the pixels are those of the photo, as far as anybody can tell."""
+    """Return whether the pixels are those of the photo, as far as Pillow can tell."""
     expected = expected_pixels(photo)
     same_size = [pixels for pixels in expected if pixels.shape == original.shape]
     if not expected or (
@@ -82,7 +82,7 @@ def send_hostile_photos(server: Server, numbers: Iterable[int]) -> list[str]:
         photo, dice = hostile_photo(number), random.Random(number)
         connection = connections[dice.choice(PROTOCOLS)]
         canaries = canaries or Canaries(number)
-        # Mostly without the network, which damage does not reach, and which takes long on a CPU.
+        # Most requests do not use the network: damage does not reach it, and it is slow on a CPU.
         outputs = ("original", "segmented", "encoded") if dice.random() < 1 / 50 else ("original",)
         parameters = {"format": dice.choice(("jpeg", "png", "webp"))} if "encoded" in outputs else {}
         try:

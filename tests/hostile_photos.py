@@ -26,7 +26,7 @@ class Sample:
     data: bytes
     format: str
     orientation: int = 1  # that the first EXIF block states, or 0 if damage may have changed it
-    pixels_are_whole: bool = True  # otherwise, decoders may make different things of them
+    pixels_are_whole: bool = True  # otherwise, decoders may return different pixels
 
 
 def picture(dice: random.Random, mode: str = "RGB") -> Image.Image:
@@ -87,7 +87,7 @@ def blocks_jpeg(
 ) -> bytes:
     """Return a JPEG whose blocks of 8 x 8 are flat, for any sampling factors and order of scans.
 
-    ``bands`` is in how many scans a progressive JPEG has the other coefficients of each component.
+    ``bands`` is the number of scans for the other coefficients of each component in a progressive JPEG.
     """
     width, height = size
     widest, highest = (max(values) for values in zip(*factors, strict=True))

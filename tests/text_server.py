@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server for text: one input with several strings, and an output with as many strings as these have words."""
+"""A server for text: one input with several strings, and one output with a string for each of their words."""
 
 import sys
 from pathlib import Path

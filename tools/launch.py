@@ -74,7 +74,7 @@ class LaunchedServer:
         self.stop()
 
     def wait_until_ready(self, model_name: str, timeout_s: float = 120) -> None:
-        """Return when the model is ready. Raises RuntimeError if the server ends first, and TimeoutError."""
+        """Return when the model is ready. Raises RuntimeError if the server ends first, or TimeoutError."""
         deadline = time.monotonic() + timeout_s
         while self.process.poll() is None:
             with contextlib.suppress(OSError), DIRECT.open(f"{self.http_url}/v2/models/{model_name}/ready", timeout=5):

@@ -3,7 +3,7 @@
 
     python -m tools.page [--port PORT] [option of server.py ...]
 
-It needs no key, because only this machine can reach it. Ctrl-C stops both.
+The page needs no key, because only this machine can reach it. Ctrl-C stops both.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
 
 def configure(folder: Path, port: int, grpc_port: int, server: LaunchedServer) -> Path:
     """Put the proxy's files into a folder, with other ports and without keys. Return the path of nginx.conf."""
-    # Other users can read this folder. deploy/ has the keys, and perhaps other files of the user.
+    # Other users can read this folder, so do not copy all of deploy/: it has the keys, and perhaps other private files.
     deploy = folder / "deploy"
     shutil.copytree(ROOT / "deploy" / "page", deploy / "page")
     shutil.copy(ROOT / "deploy" / "infer.js", deploy)
@@ -47,7 +47,7 @@ def configure(folder: Path, port: int, grpc_port: int, server: LaunchedServer) -
             text = text.replace(there, here)
         (deploy / name).write_text(text)
     (deploy / "api_keys.conf").write_text("default anyone;\n")
-    # nginx's processes give up root's rights, and must be able to read the page.
+    # nginx's workers drop root privileges, and must be able to read the page.
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return deploy / "nginx.conf"
@@ -59,7 +59,7 @@ def running_nginx(configuration: Path, **options: object) -> AbstractContextMana
 
 
 def serve(port: int, options: Sequence[str]) -> int:
-    """Run both until one of them ends or a signal arrives. Return the exit status."""
+    """Run server.py and nginx until one of them ends or a signal arrives. Return the exit status."""
     with (
         tempfile.TemporaryDirectory(prefix="page-") as folder,
         LaunchedServer([ROOT / "server.py", *options]) as server,
@@ -75,7 +75,7 @@ def serve(port: int, options: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check the requirements, and serve. Return the exit status. A missing requirement is one line, and status 2."""
+    """Check the requirements, and serve. Return the exit status, which is 2 if a requirement is missing."""
     parser = argparse.ArgumentParser(prog="tools.page", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--port", type=number(int, 1, 65535), default=8080)
     known, options = parser.parse_known_args(arguments)

@@ -45,7 +45,7 @@ def normal(like: torch.Tensor, spread: float) -> torch.Tensor:
 
 
 def random_grids(count: int, roaming: float, device: torch.device) -> torch.Tensor:
-    """Return sampling grids ``[N, S, S, 2]``: a share of random parts of photos, the rest nearly whole, as served."""
+    """Return sampling grids ``[N, S, S, 2]``: a share ``roaming`` are random crops, the others nearly whole photos."""
     roam = (torch.rand(count, device=device) < roaming).float()
     zoom = torch.exp(normal(roam, 0.02) + roam * (torch.rand_like(roam) - 0.7) * 0.9)
     angle = normal(roam, 0.01) + roam * normal(roam, 0.15)

@@ -26,7 +26,7 @@ def digests(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
 
 
-def test_neither_a_photo_nor_anybody_elses_file_is_written_over(run_client, mask_server, tmp_path):
+def test_neither_photos_nor_files_of_others_are_overwritten(run_client, mask_server, tmp_path):
     shutil.copy(PERSON, "orig1.jpg")
     shutil.copy(CAT, "cat.jpg")
     before = digests(tmp_path)
@@ -148,7 +148,7 @@ def test_photos_whose_paths_look_the_same_through_links_do_not_share_a_name(tmp_
         file = output.named(photo, {"segm": "png"})["segm"]
         assert file.name == name
         output.write(photo, file, b"")
-    # Each keeps its name, whichever way leads there.
+    # Each keeps its name, whichever path leads to it.
     output = OutputFolder(tmp_path / "out")
     assert [output.named(photo, {"segm": "png"})["segm"].name for photo in photos] == ["beach.png", "beach-2.png"]
 
@@ -233,7 +233,7 @@ def test_the_report_has_a_line_of_json_for_each_photo(run_client, mask_server, t
     assert cat["encoded_bytes"] == (tmp_path / "out" / "segm0.png").stat().st_size
     assert 0 <= cat["kept"] < 1
     assert cat["milliseconds"] > 0
-    # On stdout, it takes the place of the lines for people. The file of the earlier run may be replaced.
+    # On stdout, it replaces the lines for people. The file of the earlier run may be replaced.
     done = run_client(*arguments, "--report", "-", "--output-dir", "out")
     assert {json.loads(line)["file"] for line in done.out.splitlines()} == {str(CAT), "empty.jpg", "missing.jpg"}
     assert run_client(*arguments, "--report", "report.jsonl", "--output-dir", "out").status == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""client.py where servers are busy, restart, or are behind the proxy with TLS and a key: no photo is lost."""
+"""client.py with servers that are busy, restart, or are behind the proxy with TLS and a key: no photo is lost."""
 
 import os
 import re
@@ -171,6 +171,6 @@ def test_no_proxy_stands_between_grpc_and_this_machine(mask_server, monkeypatch)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     mask_server.connect("grpc").wait_for_model(timeout_s=10)
-    # Elsewhere, gRPC uses it, and the message says so. The address is one that nobody has (RFC 5737).
+    # Elsewhere, gRPC uses it, and the message says so. The address is reserved for documentation (RFC 5737).
     with pytest.raises(ClientError, match=r"the proxy in http_proxy; set no_proxy=192\.0\.2\.1 to connect directly\)"):
         Connection("grpc://192.0.2.1:8001").wait_for_model(timeout_s=0.5)

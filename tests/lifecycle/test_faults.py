@@ -110,7 +110,7 @@ def test_a_request_with_two_photos_is_rejected(toy):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_watchdog_is_quiet_as_long_as_the_model_is_ready(toy, protocol, monkeypatch):
-    for name in ("http_proxy", "grpc_proxy"):  # nobody listens there
+    for name in ("http_proxy", "grpc_proxy"):  # no proxy listens there
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     port = toy.http_port if protocol == "http" else toy.grpc_port
     ready, ended, unknown = (threading.Event() for _ in range(3))
@@ -206,7 +206,7 @@ def patched(folder: Path, code: str) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broken]]:
-    """Servers by what happens to them. They start in parallel, because each takes some seconds to start and to end."""
+    """Servers by the fault that ends them, in parallel, because each takes some seconds to start and to end."""
     folder = tmp_path_factory.mktemp("broken")
     servers = {
         "killed worker": start_toy(folder / "worker"),
@@ -245,7 +245,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
             pool.submit(infer_until_rejected, exiting.server.connect("grpc"), exit=1, print="last words\n")
         ]
         broken["killed helper"].kill("stubs")
-        # The process that has the memory through which requests and responses pass.
+        # The process that owns the shared memory of requests and responses.
         broken["killed store"].kill("helpers", -1)
         next(broken["deleted socket"].server.home.glob("workspace_*/triton/*-data.sock")).unlink()
         broken["killed server"].server.process.kill()

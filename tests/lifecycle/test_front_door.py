@@ -368,7 +368,7 @@ IMAGE, BINARY = "the input must be image, UINT8, \\[1, N\\]", "request binary da
         ("secret", 1, "the request may have id, inputs, outputs, parameters, and nothing else"),
     ],
 )
-def test_json_that_says_anything_else_than_a_photo_needs_is_rejected(proxy, place, value, sentence):
+def test_json_with_anything_but_a_photo_request_is_rejected(proxy, place, value, sentence):
     request = changed(described(PHOTO), place, value)
     status, said = infer_rejection(proxy.http_port, json.dumps(request).encode(), PHOTO)
     assert status == 400
@@ -416,7 +416,7 @@ def test_json_that_is_malformed_or_does_not_fit_the_photo_is_rejected(proxy, tex
 
 @NEEDS_NGINX
 def test_triton_gets_json_that_the_proxy_wrote():
-    """Of two members with the same name, different parsers take different ones: Triton sees one only."""
+    """Parsers disagree about which of two members with the same name counts, so Triton gets only one."""
     received = []
 
     class Recorder(http.server.BaseHTTPRequestHandler):
@@ -540,7 +540,7 @@ MESSAGE = infer_message(PHOTO).SerializeToString()
         (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", "malformed"),
     ],
 )
-def test_a_message_that_says_anything_else_than_a_photo_needs_is_rejected(proxy, message, sentence):
+def test_a_message_with_anything_but_a_photo_request_is_rejected(proxy, message, sentence):
     code, said = grpc_rejection(proxy.grpc_port, message)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert re.search(sentence, said), said
@@ -585,7 +585,7 @@ INVALID, UNIMPLEMENTED = "3", "12"
         ("POST", GRPC_HEADERS[:1], "2"),
     ],
 )
-def test_no_headers_of_a_call_make_the_proxy_give_up_the_servers(both, method, headers, expected):
+def test_no_headers_of_a_call_make_the_proxy_mark_servers_as_failed(both, method, headers, expected):
     """If a server resets two calls, nginx gives it no others for 10 s. This needs no key."""
     before, path = len(both.grpc_statuses()), f"{SERVICE}/ServerLive"
     streams = range(1, 12, 2)
@@ -599,7 +599,7 @@ def test_no_headers_of_a_call_make_the_proxy_give_up_the_servers(both, method, h
 
 
 @NEEDS_NGINX
-def test_no_health_check_over_http_makes_the_proxy_give_up_the_servers(both):
+def test_no_health_check_over_http_makes_the_proxy_mark_servers_as_failed(both):
     for path in ("/v2/health/live", "/v2/models/Toy/ready"):
         for headers in ((), ("Content-Length: 1000",), ("Content-Length: 0", "Upgrade: h2c", "TE: x")):
             body = bytes(1000) if "1000" in str(headers) else b""

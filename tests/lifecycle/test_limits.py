@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Too many requests, too little memory, and clients that misbehave."""
+"""Overload, little memory, and clients that misbehave."""
 
 import contextlib
 import http.client
@@ -53,7 +53,7 @@ def slow(servers: Mapping[str, Server]) -> Server:
     return servers["slow"]
 
 
-def test_more_clients_than_may_wait_are_rejected_immediately(slow):
+def test_requests_beyond_the_queue_limit_are_rejected_immediately(slow):
     connections = {protocol: slow.connect(protocol) for protocol in PROTOCOLS}
 
     def ask(protocol: str) -> str:
@@ -73,7 +73,7 @@ def test_more_clients_than_may_wait_are_rejected_immediately(slow):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_request_that_waited_too_long_is_not_begun(slow, protocol, tmp_path):
+def test_a_request_that_waited_too_long_is_not_processed(slow, protocol, tmp_path):
     begun, go_on = slow.metric("exec_count"), tmp_path / "go on"
     expired = metric_of_expired_requests(slow)
     connection = slow.connect("http")
@@ -112,14 +112,14 @@ def hang_up(connection: socket.socket) -> None:
     connection.close()
 
 
-def test_clients_that_give_up_or_do_not_read_do_not_disturb_others(servers):
+def test_clients_that_disconnect_or_do_not_read_do_not_disturb_others(servers):
     server = servers["strange clients"]
     (tritonserver,) = server.processes("tritonserver")
     http, grpc = (server.connect(protocol) for protocol in PROTOCOLS)
     http.infer(PHOTO)
     before = tritonserver.num_fds()
-    half, silent, gone = ([connect(server, share) for _ in range(5)] for share in (0.5, 1, 1))
-    for connection in gone:
+    half, silent, closed = ([connect(server, share) for _ in range(5)] for share in (0.5, 1, 1))
+    for connection in closed:
         hang_up(connection)
     image = grpc.image_input(PHOTO)
     for _ in range(5):
@@ -130,7 +130,7 @@ def test_clients_that_give_up_or_do_not_read_do_not_disturb_others(servers):
     for connection in half[1:] + silent[1:]:
         hang_up(connection)
     wait_for(lambda: tritonserver.num_fds() <= before + 5)
-    # With one of each still connected.
+    # The server stops although one of each is still connected.
     assert server.stop() == 0
     assert server.left_behind() == []
     assert "Traceback" not in server.log.read_text()
@@ -157,8 +157,8 @@ def test_with_little_shared_memory_the_server_takes_smaller_photos_and_lives(ser
         with pytest.raises(InferenceError, match="is damaged"):
             connection.infer(damaged)
 
-    # Photos that grow up to the limit, with files as large as photos can have, several at once. In between, such files
-    # fail. If they kept their memory, 64 MB would be full after 10 of them.
+    # Several photos at once, of growing sizes up to the limit. In between, damaged files of the largest size fail. If
+    # these kept their memory, 64 MB would be full after 10 of them.
     with ThreadPoolExecutor(6) as pool:
         for width in (side // 4, side // 2, 3 * side // 4, side, side, side):
             encoded = encode(noise.crop((0, 0, width, side)), "JPEG", quality=100)
@@ -169,7 +169,7 @@ def test_with_little_shared_memory_the_server_takes_smaller_photos_and_lives(ser
 
 
 def infer_with_text(server: Server, photo: bytes, text: bytes) -> str:
-    """Send a photo over HTTP with a parameter that has any bytes, and return the server's error."""
+    """Send a photo over HTTP with a parameter of arbitrary bytes, and return the server's error."""
     size = {"binary_data_size": len(photo)}
     request = {
         "parameters": {"note": "TEXT"},
@@ -185,7 +185,7 @@ def infer_with_text(server: Server, photo: bytes, text: bytes) -> str:
 def test_requests_that_cannot_be_passed_on_are_rejected_and_leave_nothing_behind(servers):
     server = servers["little shared memory"]
     connection = server.connect("grpc")
-    for _ in range(20):  # the requests alone have 100 MB, of 64
+    for _ in range(20):  # together, they have 100 MB, and /dev/shm has 64 MB
         said = infer_with_text(server, bytes(5_000_000), b"\xff")
         assert "InvalidRequest: a parameter is not valid UTF-8" in said
         assert "Traceback" not in said

@@ -52,7 +52,7 @@ def in_shell(script: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Server]]:
-    """Servers by how they are started. They start in parallel, which is faster."""
+    """Servers by the way they are started. They start in parallel, which is faster."""
     folder = tmp_path_factory.mktemp("start")
     # A port that the command line overrides, and an option that the command line does not have.
     environment = {"PYTRITON_TRITON_CONFIG_HTTP_PORT": "1", "PYTRITON_TRITON_CONFIG_ALLOW_METRICS": ""}

@@ -35,7 +35,7 @@ UNDER_LOAD = ("SIGTERM", "SIGINT", "Ctrl-C in a terminal")
 
 
 class Stopped:
-    """A server that was told to stop, and the requests it had then."""
+    """A server that was told to stop, and its requests in flight."""
 
     def __init__(self, server: Server):
         self.server = server
@@ -60,7 +60,7 @@ class Stopped:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stopped]]:
-    """Servers by how they are stopped. They run in parallel, because each takes some seconds to start and to stop."""
+    """Servers by the way they stop. They run in parallel, because each takes some seconds to start and to stop."""
     folder = tmp_path_factory.mktemp("stopped")
     busy = ("--max-queue", 100)
     servers = {
@@ -75,7 +75,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
     with running_together(servers), ThreadPoolExecutor(100) as pool:
         stopped = {how: Stopped(server) for how, server in servers.items()}
         for how in UNDER_LOAD:
-            # More requests than can be finished: the others are told so, and the clients' connections stay open.
+            # More requests than can finish: the others get an error, and the clients' connections stay open.
             stopped[how].clients = [
                 pool.submit(infer_until_rejected, servers[how].connect(protocol), sleep_s=0.1)
                 for protocol in PROTOCOLS * 10
@@ -108,7 +108,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stop
                 number = {"SIGINT": signal.SIGINT, "frontends": signal.SIGHUP}.get(how, signal.SIGTERM)
                 server.process.send_signal(number)
             stopped[how].seconds = pool.submit(stopped[how].wait)
-        for how in ("SIGTERM", "short drain"):  # somebody is impatient
+        for how in ("SIGTERM", "short drain"):  # an impatient user sends more signals
             wait_for(lambda how=how: "stopping: " in servers[how].log.read_text())
             servers[how].process.send_signal(signal.SIGINT)
             servers[how].process.send_signal(signal.SIGTERM)

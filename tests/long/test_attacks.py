@@ -60,14 +60,14 @@ INFER, READY = "/v2/models/Toy/infer", "/v2/models/Toy/ready"
 RAW, MODEL_INFER = "Inference-Header-Content-Length: 0", f"{SERVICE}/ModelInfer"
 MEGABYTE = 1_000_000
 IN_FLIGHT = 32  # from one address; see deploy/nginx.conf
-# Of memory and of /dev/shm. Triton keeps the memory of as many responses as were once in flight, of 12 MB here, and in
-# each of its 8 threads for HTTP the stack that deep JSON needed, 0.1 GB.
+# Of memory and of /dev/shm. Triton keeps memory for the highest number of responses in flight so far, 12 MB each here,
+# and in each of its 8 HTTP threads the stack that deep JSON needed, 0.1 GB.
 GROWTH_GB = (2, 0.5)
 OPTIONS = ("--behind-proxy", "--instances", 4, "--max-queue", 512)  # a queue as on a GPU
 
 
 class GoodClient:
-    """Sends photos over kept connections, over both protocols, and checks each response."""
+    """Sends photos over persistent connections, over both protocols, and checks each response."""
 
     def __init__(self, proxy: Proxy):
         self._proxy = proxy
@@ -180,7 +180,7 @@ def test_two_million_chunks(front_door, method, path, expected):
 
 
 def test_chunks_over_http2_are_bytes_like_others(front_door):
-    # 100,000 DATA frames of one byte, announced and not announced.
+    # 100,000 DATA frames of one byte.
     photo = b"".join(frame(0, 0, 1, b"x") for _ in range(100_000)) + frame(0, END_STREAM, 1)
     with connected(front_door.grpc_port) as connection:
         assert h2_exchange(connection, h2_request(1, "POST", MODEL_INFER, *GRPC_HEADERS) + photo) in (200, None)
@@ -268,7 +268,7 @@ def test_lengths_that_are_ambiguous_wrong_or_missing(front_door, headers, expect
     assert statuses(front_door.http_port, request) == [expected]
 
 
-def test_a_request_behind_the_body_of_another_is_a_request_like_others(front_door):
+def test_a_request_after_the_body_of_another_is_a_request_like_others(front_door):
     smuggled = b"GET /v2/repository/index HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
     head = request_head("POST", INFER, RAW, "Content-Length: 4").replace(b"Connection: close\r\n", b"")
     assert statuses(front_door.http_port, head + b"1234" + smuggled) == [500, 404]  # no photo, not allowed
@@ -305,7 +305,7 @@ def test_deep_and_long_json(front_door):
     assert status(front_door.http_port, "POST", INFER, f"Content-Length: {len(long)}", body=long) == 400
 
 
-# Well-formed requests that Triton would pay dearly for
+# Well-formed requests that are expensive for Triton
 
 PARAMETERS = b"".join(b'"\x0e\n\x06%06d\x12\x04\x1a\x02\xff\xff' % number for number in range(MEGABYTE))
 LARGE_PHOTO = encode(Image.new("RGB", (4000, 4000)), "PNG")
@@ -341,7 +341,7 @@ COSTLY = {
 
 
 @pytest.mark.parametrize("attack", COSTLY)
-def test_what_triton_would_pay_dearly_for_costs_nothing(front_door, attack):
+def test_requests_that_are_expensive_for_triton_cost_nothing(front_door, attack):
     def send_one(_: int) -> object:
         request = COSTLY[attack]
         if isinstance(request, bytes):
@@ -351,7 +351,7 @@ def test_what_triton_would_pay_dearly_for_costs_nothing(front_door, attack):
     before = front_door.server.memory().total()
     with ThreadPoolExecutor(6) as pool:
         assert set(pool.map(send_one, range(18))) <= {400, grpc.StatusCode.INVALID_ARGUMENT}
-    assert front_door.server.memory().total() - before < 50 * MEGABYTE  # the good client goes on
+    assert front_door.server.memory().total() - before < 50 * MEGABYTE  # the good client keeps sending
 
 
 @pytest.mark.parametrize("through", ["proxy", "server"])
@@ -384,7 +384,7 @@ def test_thousands_of_empty_bodies_leave_nothing_behind(front_door, protocol, th
     send(500)
     memory, shared = front_door.server.memory().total(), front_door.server.shared_memory()
     send(5000)
-    # The good client goes on as well.
+    # The good client also keeps sending.
     assert front_door.server.memory().total() - memory < 50 * MEGABYTE
     assert front_door.server.shared_memory() - shared < 10 * MEGABYTE  # PyTriton kept 6.6 KB of each
 
@@ -580,7 +580,7 @@ def test_slow_bodies(front_door, protocol):
             part = frame(0, 0, 1, b"\0" + (40 * MEGABYTE).to_bytes(4, "big") + bytes(1000))
             many(stack, 200, front_door.grpc_port, H2_PREFACE + request + part)
         assert max(front_door.client.next_responses(3)) < 5
-        # They are given up, which makes room for others.
+        # The proxy closes these connections, which makes room for others.
         assert status(front_door.http_port, "GET", READY) == 429
         wait_for(lambda: status(front_door.http_port, "GET", READY) == 200, timeout_s=30)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each hostile photo gets its own pixels or one sentence, and the server goes on without growing.
+"""Each hostile photo gets its own pixels or one sentence, and the server keeps serving without growing.
 
-FUZZ in the environment sets how many; the default is 4,000. tests/served has the short form.
+FUZZ in the environment sets the number of photos; the default is 4,000. tests/served has the short form.
 """
 
 import os
@@ -23,7 +23,7 @@ def test_each_hostile_photo_gets_its_own_pixels_or_one_sentence(tmp_path):
     outcomes, memory = Counter(), []
     # A separate server, so that nothing else changes its memory.
     with running_server(tmp_path / "log", "--weights", "demo") as server, ThreadPoolExecutor(CLIENTS) as pool:
-        # At first heaps fill up, so memory is compared from the half on.
+        # Heaps fill up at first, so memory is compared from halfway on.
         for numbers in (range(COUNT // 2), range(COUNT // 2, COUNT)):
             memory.append(server.memory().total())
             shares = [numbers[client::CLIENTS] for client in range(CLIENTS)]

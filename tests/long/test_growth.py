@@ -21,7 +21,7 @@ PNG = encode(PICTURE, "PNG")
 PROGRESSIVE = encode(PICTURE.resize((40, 40)), "JPEG", progressive=True)
 
 
-# Each reaches another place: PyTriton, the check of the header, or the decoder.
+# Different parts reject them: PyTriton, photo/, or the decoder.
 BAD_PHOTOS = [
     b"",
     bytes(5000),
@@ -51,7 +51,7 @@ def test_nothing_grows_and_nothing_restarts_while_photos_are_rejected(tmp_path):
                 expect_rejection(connection, encoded)
 
         def memory_while_photos_are_rejected() -> Counter[str]:
-            """Return the most that was in use between the photos."""
+            """Return the highest memory use, measured after each round of photos."""
             # Temporary memory is not always freed immediately.
             most = Counter()
             for round_ in range(10):
@@ -59,7 +59,7 @@ def test_nothing_grows_and_nothing_restarts_while_photos_are_rejected(tmp_path):
                 most = max(most, server.memory(), key=Counter.total)
             return most
 
-        # Triton's processes keep the memory that they once used. So that this happens now, each instance is kept busy.
+        # Triton's processes keep memory that they have used. Keep each instance busy, so that this happens now.
         instances = len(server.processes("stubs"))
         with ThreadPoolExecutor(instances) as pool:
             list(pool.map(reject_all, range(instances)))

@@ -555,7 +555,7 @@ def test_motion_is_reduced_for_those_who_ask_for_it(open_page, proxy):
 def test_make_page_serves_it_on_loopback_without_a_key_and_ctrl_c_stops_all(open_page, tmp_path):
     (port,) = free_ports(1)
     log, home = tmp_path / "log", Path(tempfile.mkdtemp(prefix="pytriton-"))
-    home.chmod(0o755)  # nginx's processes give up root's rights
+    home.chmod(0o755)  # nginx's workers drop root privileges
     environment = os.environ | OFFLINE | {"TORCH_HOME": str(tmp_path), "PYTRITON_HOME": str(home), "TMPDIR": str(home)}
     command = [sys.executable, "-m", "tools.page", "--port", str(port), "--threshold", "0.7"]
     with (

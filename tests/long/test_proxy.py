@@ -22,7 +22,7 @@ def servers(tmp_path: Path) -> Iterator[tuple[Server, Server]]:
 
 
 class Clients:
-    """Clients that send photos over kept connections until they are told to stop."""
+    """Clients that send photos over persistent connections until they are told to stop."""
 
     def __init__(self, proxy: Proxy, pool: ThreadPoolExecutor):
         self._proxy = proxy

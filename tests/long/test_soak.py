@@ -61,7 +61,7 @@ def warm_up(url: str) -> None:
     """Get the largest responses, in its own process, so that heaps fill up."""
     connection = Connection(url)
     for outputs, parameters in WANTED:
-        together.wait(60)  # if all clients want the same at the same time, it takes the most memory
+        together.wait(60)  # memory peaks if all clients request the same at the same time
         for _ in range(20):
             connection.infer(GOOD[0], outputs, parameters)
 
@@ -101,10 +101,10 @@ def send(http_port: int, url: str, expected: list[dict], seed: int, seconds: flo
         else:
             try:
                 connection.infer(GOOD[0], timeout_us=1)
-                outcomes["impatient, processed"] += 1  # nobody was waiting
+                outcomes["impatient, processed"] += 1  # the queue was empty
             except InferenceError as error:
                 expired = "timeout expired" in str(error)
-                outcomes["impatient, given up" if expired else f"impatient, FAILED: {error}"] += 1
+                outcomes["impatient, expired" if expired else f"impatient, FAILED: {error}"] += 1
     return outcomes
 
 
@@ -130,7 +130,7 @@ def is_similar(response: np.ndarray, expected: np.ndarray) -> bool:
 
 
 def state(server: Server) -> dict[str, object]:
-    """Return how much of everything the server has, once its clients' connections are gone."""
+    """Return the server's use of each resource, once its clients' connections are closed."""
     family = server.family()
     counts = [-1]
 
@@ -181,7 +181,7 @@ def test_under_load_every_good_photo_is_processed_correctly_and_nothing_grows(tm
         assert not [outcome for outcome in outcomes if not outcome.islower()]
         assert len([outcome for outcome in outcomes if outcome.startswith("good, processed")]) == len(WANTED)
         assert outcomes["bad, rejected"] > 0
-        # Heaps go on filling up for a while, so everything is compared from the half on. tritonserver keeps 1.4 KB and
+        # Heaps fill up for a while, so everything is compared from halfway on. tritonserver keeps 1.4 KB and
         # more of each failed request.
         half, end = states[ROUNDS // 2 - 1], states[-1]
         kept = 3e-3 * (failed[-1] - failed[ROUNDS // 2 - 1])

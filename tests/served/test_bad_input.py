@@ -34,7 +34,7 @@ PNG = encode(PICTURE, "PNG")
 ZEROS = zlib.compress(bytes(200_000_000), 1)
 MANY_SCANS = blocks_jpeg((40, 40), [(1, 1)] * 3, random.Random(0), progressive=True, bands=63)
 
-SIZE = PHOTO[PHOTO.index(b"\xff\xc0") + 4 :][:15]  # the segment that has it, as a baseline JPEG has one
+SIZE = PHOTO[PHOTO.index(b"\xff\xc0") + 4 :][:15]  # the frame of a baseline JPEG, which states the size
 FRAMES = {"save_all": True, "append_images": [PICTURE.resize((512, 512)).rotate(90)], "duration": 100}
 
 BAD_PHOTOS = {
@@ -75,7 +75,7 @@ def rejection(connection: Connection, encoded: bytes, **parameters: object) -> s
     """Return the sentence with which the server rejects a request."""
     with pytest.raises(InferenceError) as error:
         connection.infer(encoded, parameters=parameters)
-    assert str(ROOT) not in str(error.value.__cause__)  # nothing about where our files are
+    assert str(ROOT) not in str(error.value.__cause__)  # no path of this machine
     return str(error.value)
 
 
@@ -90,7 +90,7 @@ def test_a_bad_photo_is_rejected_with_what_is_wrong(connection, kind):
     with pytest.raises(InferenceError, match=f"^the photo.*{expected}") as error:
         connection.infer(encoded)
     assert f"InvalidRequest: {error.value}" in str(error.value.__cause__)
-    assert str(ROOT) not in str(error.value.__cause__)  # nothing about where our files are
+    assert str(ROOT) not in str(error.value.__cause__)  # no path of this machine
     assert_it_serves(connection)
 
 
@@ -111,7 +111,7 @@ LARGE_BUT_GOOD = {
 
 @pytest.mark.parametrize("kind", LARGE_BUT_GOOD)
 def test_photos_with_large_headers_and_long_photos_are_processed(http_connection, kind):
-    expected = decode(PNG if "unpacks" in kind else LARGE_BUT_GOOD[kind])  # Pillow gives up on text of that size
+    expected = decode(PNG if "unpacks" in kind else LARGE_BUT_GOOD[kind])  # Pillow rejects text of that size
     response = http_connection.infer(LARGE_BUT_GOOD[kind])
     assert psnr(response["original"][0], expected) > 30
     assert response["segmented"].shape == (1, *expected.shape)

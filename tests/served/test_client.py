@@ -79,7 +79,7 @@ def test_it_sends_the_class_and_the_threshold(run_client, server):
     assert 75 < kept(done) < 85  # the cat fills 79 % of the photo
 
 
-def test_how_much_is_kept_does_not_depend_on_what_is_asked(run_client, server, tmp_path):
+def test_the_share_kept_does_not_depend_on_the_files_to_write(run_client, server, tmp_path):
     photo = np.array(sample("person", (200, 200)))
     photo[:100, :50] = 0  # black pixels are no different from others
     Image.fromarray(photo).save(tmp_path / "dark.png")
@@ -182,7 +182,7 @@ def test_a_large_photo_is_processed(run_client, server, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", PROTOCOLS)
-def test_without_a_server_it_gives_up_with_one_line(run_client, scheme):
+def test_without_a_server_it_fails_with_one_line(run_client, scheme):
     url = f"{scheme}://127.0.0.1:{free_ports(1)[0]}"
     done = run_client("--url", url, "--init-timeout-s", 0.5)
     assert done.status == 2
@@ -232,10 +232,10 @@ def url_of(request: pytest.FixtureRequest) -> str:
 
 
 class DrippingServer(http.server.BaseHTTPRequestHandler):
-    """Answers, one byte after the other."""
+    """Responds one byte at a time."""
 
     def do_GET(self) -> None:
-        with contextlib.suppress(OSError):  # until the client has gone
+        with contextlib.suppress(OSError):  # until the client disconnects
             self.wfile.write(b"HTTP/1.1 200 OK\r\n")
             while True:
                 self.wfile.write(b"x: y\r\n")
@@ -255,7 +255,7 @@ class RudeServer(SlowServer):
 
 
 class ForgetfulServer(SlowServer):
-    """Answers without what it was asked for."""
+    """Responds without the requested outputs."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
@@ -268,7 +268,7 @@ class ForgetfulServer(SlowServer):
 
 
 @pytest.mark.parametrize("url_of", [DrippingServer], indirect=True)
-def test_a_server_that_goes_on_answering_is_not_waited_for_forever(run_client, url_of):
+def test_a_response_one_byte_at_a_time_times_out(run_client, url_of):
     began = time.monotonic()
     done = run_client("--url", url_of, "--init-timeout-s", 1)
     assert time.monotonic() - began < 10
@@ -277,7 +277,7 @@ def test_a_server_that_goes_on_answering_is_not_waited_for_forever(run_client, u
 
 
 @pytest.mark.parametrize("url_of", [RudeServer], indirect=True)
-def test_what_a_server_says_does_not_control_the_terminal(run_client, url_of):
+def test_the_text_of_a_server_does_not_control_the_terminal(run_client, url_of):
     done = run_client("--url", url_of, "--image-paths", SAMPLES["cat"][0], "\x1b[2Jmissing.jpg")
     assert done.status == 2
     assert r"\x1b[2J\x1b]0;owned\x07 denied" in done.err
@@ -304,7 +304,7 @@ def test_it_waits_until_the_server_listens_and_the_model_is_ready(caplog):
     asked = itertools.count(1)
 
     class LateServer(http.server.BaseHTTPRequestHandler):
-        """The model is ready when somebody asks for the third time."""
+        """Says that the model is ready from the third request on."""
 
         def do_GET(self) -> None:
             self.send_response(200 if next(asked) >= 3 else 400)

@@ -38,7 +38,7 @@ def kept(response: dict) -> np.ndarray:
 
 
 def agreement(response: dict, mask: np.ndarray) -> float:
-    """Return the intersection over union of the cut-out and a mask. Where the photo is black, nobody can tell."""
+    """Return the intersection over union of the cut-out and a mask, without the black pixels of the photo."""
     return iou(kept(response), mask & response["original"][0].any(axis=2))
 
 

@@ -47,7 +47,7 @@ def run(command: str, folder: Path) -> str:
     return subprocess.run(["bash", "-euc", command], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_shortest_curl_command_gets_both_raw_outputs_behind_a_line_of_json(server, tmp_path):
+def test_the_shortest_curl_command_gets_both_raw_outputs_after_a_line_of_json(server, tmp_path):
     head = run(example("docs/protocol.md", "With all defaults:", server), tmp_path)
     length = int(re.search(r"(?i)inference-header-content-length: (\d+)", head)[1])
     response = (tmp_path / "response.bin").read_bytes()

@@ -38,7 +38,7 @@ def random_network(name: str, last_layer: str, **options: object) -> torch.nn.Mo
     """Return torchvision's network with random weights that tell pictures apart."""
     torch.manual_seed(0)
     network = get_model(name, weights=None, **options).eval()
-    # Logits of a few, so that the probabilities are neither all alike nor 0 and 1.
+    # Moderate logits, so that the probabilities are neither all alike nor only 0 and 1.
     with torch.inference_mode():
         logits = network(small_image())
         logits = logits["out"] if isinstance(logits, dict) else logits
@@ -64,7 +64,7 @@ def segmenter() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def found(segmenter) -> tuple[str, float, np.ndarray]:
-    """Return the class of which there is most in the sample photo, the median of its probability, and its mask."""
+    """Return the class with the most pixels in the sample photo, the median of its probability, and its mask."""
     with torch.inference_mode():
         probabilities = segmenter(small_image(INPUT_SIZE))["out"].softmax(dim=1)
     index = int(probabilities.mean(dim=(0, 2, 3)).argmax())
@@ -119,7 +119,7 @@ def infer(server: Server, protocol: str, inputs: Mapping[str, np.ndarray], *outp
 
 @pytest.fixture(scope="module")
 def expected(classifier) -> tuple[list[bytes], np.ndarray]:
-    """Return the labels of the sample photo and their probabilities, the highest first, as torchvision has them."""
+    """Return the labels of the sample photo and their probabilities, the highest first, according to torchvision."""
     with torch.inference_mode():
         probabilities, classes = classifier(small_image()).softmax(dim=1)[0].sort(descending=True)
     return [LABELS[index].encode() for index in classes], probabilities.numpy()

@@ -31,7 +31,7 @@ COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 PROXY_CONFIGURATION = (DEPLOY / "nginx.conf").read_text()
 MAX_PIXELS = server.parse_options([]).max_pixels
 MESSAGE_BYTES = sum(server.Segmentation.limits(server.parse_options([])))
-# The need of the defaults on a GPU.
+# Of a server with the defaults on a GPU.
 SHM_BYTES = MAX_DEFAULT_INSTANCES * (SHM_BYTES_PER_INSTANCE + SHM_BYTES_PER_BYTE * MESSAGE_BYTES)
 
 

@@ -20,7 +20,7 @@ from serving.executor import Job as QueuedJob
 from serving.options import DEVICE_DEFAULTS
 
 BOTH = ("original", "segmented")
-# Less without a GPU, which saves half a minute.
+# Smaller without a GPU, which saves half a minute.
 INPUT_SIZE = {"cuda": 224, "cpu": 160}
 MAX_BATCH_SIZE = {"cuda": DEVICE_DEFAULTS["cuda"]["max_batch_size"], "cpu": 2}
 
@@ -74,7 +74,7 @@ def test_responses_outlive_the_next_batches(running):
             np.testing.assert_array_equal(response[name], copy[name])
 
 
-def test_only_what_a_job_asks_for_is_computed(running, monkeypatch):
+def test_only_the_requested_outputs_are_computed(running, monkeypatch):
     nothing = job(running, "cat", outputs=("original",))
     cut_out = job(running, "cat", outputs=("mask", "encoded"), encoding=ImageEncoding("png", 100))
     maps = job(running, "cat", outputs=("probability", "labels"))
@@ -127,10 +127,10 @@ def test_a_result_that_is_not_finite_is_an_error(running, monkeypatch):
 
 def test_a_response_that_is_too_large_does_not_fail_its_batch(running):
     large = job(running, "cat", (1400, 1400), ("original", "segmented", "probability", "labels"))
-    error, answer = running([large, job(running, "person")])
+    error, response = running([large, job(running, "person")])
     assert type(error) is InvalidRequest
     assert "request fewer outputs" in str(error)
-    assert mask(answer).mean() > 0.3
+    assert mask(response).mean() > 0.3
 
 
 def test_the_warm_up_does_not_depend_on_the_sample_photo_or_its_size(running):

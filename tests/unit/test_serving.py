@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of serving/ by themselves: channels, batches, instances, shared memory, the end of the server."""
+"""The parts of serving/ by themselves: channels, batches, instances, shared memory, shutdown."""
 
 import argparse
 import hashlib
@@ -62,7 +62,7 @@ class Functions(Stages):
 
 
 class Forked:
-    """A batcher in its own process, as the server has it."""
+    """A batcher in its own process, as in the server."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ def test_only_the_request_at_fault_in_a_batch_fails():
     release = FORK.Event()
 
     def compute(jobs):
-        release.wait()  # until all are waiting: the first call takes one or two, the next one all others
+        release.wait()  # until all are queued: the first call gets one or two, the next one all others
         if "bad" in notes(jobs):
             raise InvalidRequest("this one is bad")
         return [{} for _ in jobs]
@@ -191,7 +191,7 @@ def test_only_the_request_at_fault_in_a_batch_fails():
                 assert response.result() == {}
 
 
-def test_a_batch_is_what_is_waiting():
+def test_a_batch_contains_the_queued_requests():
     entered, release, sizes = FORK.Event(), FORK.Event(), FORK.SimpleQueue()
 
     def compute(jobs):
@@ -281,7 +281,7 @@ def test_an_exception_of_the_stages_is_logged_and_the_client_gets_a_sentence(com
 
 
 @pytest.mark.parametrize("how", ["exit", "bug"])
-def test_callers_are_told_when_the_other_process_is_gone(how, monkeypatch):
+def test_callers_get_an_error_when_the_other_process_exits(how, monkeypatch):
     if how == "bug":
         monkeypatch.setattr(Batcher, "_compute", lambda *_: 1 / 0)
     with Forked(lambda jobs: os._exit(1), 1, max_batch_size=4) as forked, ThreadPoolExecutor(1) as pool:  # noqa: ARG005
@@ -398,7 +398,7 @@ def test_requests_in_flight_are_counted_over_all_processes():
     clients[0].end()
     assert traffic.in_flight == 2
     assert before < traffic.last_done < time.monotonic()
-    clients[1].process.kill()  # it cannot say that its request is over
+    clients[1].process.kill()  # it cannot report that its request has ended
     clients[1].process.join()
     assert traffic.in_flight == 2
     traffic.forget([1, 0])
@@ -428,7 +428,7 @@ def test_a_process_learns_that_the_server_is_stopping():
 
 
 def drain(lifecycle: Lifecycle, traffic: Traffic) -> tuple[float, bool]:
-    """Return the seconds that it took, and whether requests were abandoned."""
+    """Drain, and return the seconds that it took, and whether requests were abandoned."""
     abandoned, began = [], time.monotonic()
     lifecycle.drain(traffic, lambda: abandoned.append(True))
     return time.monotonic() - began, bool(abandoned)
@@ -691,7 +691,7 @@ def test_a_response_may_mix_arrays_of_the_host_with_tensors_of_the_device(device
     assert response["flags"].dtype == bool
 
 
-def test_a_deferred_output_is_computed_from_a_copy_and_stored_behind_the_others():
+def test_a_deferred_output_is_computed_from_a_copy_and_stored_after_the_others():
     memory, source = share_bytes(1000), np.arange(5)
     outputs = {
         "file": Deferred(lambda array: 2 * array, source),

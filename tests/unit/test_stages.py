@@ -148,13 +148,13 @@ MAP_SIZES = [(56, 56), (300, 451), (1, 1), (1, 7), (9, 4), (4000, 1), (3, 5000)]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", MAP_SIZES)
 def test_maps_match_numpy(device, size, monkeypatch):
-    monkeypatch.setitem(maps.BAND_PIXELS, device, 4096)  # several bands, and a photo of which a row is too long for one
+    monkeypatch.setitem(maps.BAND_PIXELS, device, 4096)  # several bands, and rows that are longer than a band
     probabilities = random_probabilities(seed=1)
     exact = np.array([interpolate(values, size) for values in probabilities.astype(np.float64)])
     on_device = torch.from_numpy(probabilities).to(device)
     soft, labels = (call.cpu().numpy() for call in (probability_map(on_device[3], size), label_map(on_device, size)))
     assert (soft.dtype, soft.shape, labels.dtype, labels.shape) == (np.uint8, size, np.uint8, size)
-    assert np.abs(soft - 255 * exact[3]).max() < 0.5 + 1e-2  # of which 1e-2 is for float32
+    assert np.abs(soft - 255 * exact[3]).max() < 0.5 + 1e-2  # 1e-2 is for float32
     # Exactly, except where two classes are closer than float32 can tell.
     chosen = np.take_along_axis(exact, labels[None].astype(int), axis=0)[0]
     assert (exact.max(axis=0) - chosen).max() < 1e-5
@@ -254,7 +254,7 @@ def test_the_network_matches_torchvision_with_weights_from_torchs_cache(device, 
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-    reference.classifier[-1].weight.data *= 1.5e-4  # logits of a few, for probabilities that are neither all 0 or 1
+    reference.classifier[-1].weight.data *= 1.5e-4  # moderate logits: not all probabilities are 0 or 1
     file = tmp_path / "hub" / "checkpoints" / PRETRAINED.url.rsplit("/", 1)[1]
     file.parent.mkdir(parents=True)
     torch.save(reference.state_dict(), file)
@@ -315,7 +315,7 @@ def test_weights_too_large_for_fp16_are_noticed():
         load_network(NETWORK, state_dict, torch.device("cpu"), "fp16", 32)
 
 
-def test_each_relu_behind_a_convolution_is_fused():
+def test_each_relu_after_a_convolution_is_fused():
     module = fuse_relu(fuse(build_module(NETWORK, load_weights("demo", NETWORK))))
     called = [module.get_submodule(node.target) for node in module.graph.nodes if node.op == "call_module"]
     assert not any(isinstance(layer, torch.nn.ReLU) for layer in called)
