@@ -10,6 +10,9 @@ SHELL := bash
 BIN := .venv/bin
 
 ifneq ($(origin PYTHON),file)
+ifeq ($(shell command -v $(PYTHON)),)
+$(error PYTHON=$(PYTHON) is not found: install it, or name another Python 3.11 or 3.12)
+endif
 ifneq ($(wildcard $(BIN)/python),)
 VERSION := -c 'import sys; print(*sys.version_info[:2], sep=".")'
 ifneq ($(shell $(PYTHON) $(VERSION)),$(shell $(BIN)/python $(VERSION)))
@@ -21,7 +24,7 @@ endif
 .PHONY: run serve page test test-long test-all docker-test benchmark lint lock
 
 run: .venv/run
-	@echo "Starting the server, which takes about 15 seconds. The first start may download 233 MB of weights."
+	@echo "Starting the server, which takes 15 to 30 seconds. The first start may download 233 MB of weights."
 	@$(BIN)/python -m tools.launch server.py -- client.py --init-timeout-s 600 --dump-images --output-dir $(OUTPUT)
 	@echo
 	@echo "The server segmented images/orig.jpg. The pictures:"

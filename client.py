@@ -26,7 +26,7 @@ from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 from client_files import OutputFolder, PhotoFile, find_photos
-from client_report import Report, Result, Speaker, say
+from client_report import Report, Result, Speaker, plural, say
 from connection import MODEL_NAME, ClientError, Connection, InferenceError
 from palette import palette_png
 from photo import read_photo
@@ -214,11 +214,11 @@ def plan_tasks(
         for task in tasks.values()
         if task.photo.problem or not (options.skip_existing and all(map(os.path.lexists, task.targets.values())))
     ]
-    if options.skip_existing:
-        say(f"skipping {len(tasks) - len(todo)} of {len(tasks)} photos: their output files exist")
+    if skipped := len(tasks) - len(todo):
+        say(f"skipping {skipped} of {plural(len(tasks), 'photo')}: the output files exist")
     targets = [target for task in todo if not task.photo.problem for target in task.targets.values()]
     if obstacles := [obstacle for target in targets if (obstacle := output.obstacle(target))]:
-        others = f" (and {len(obstacles) - 1} others)" if obstacles[1:] else ""
+        others = f" (and {plural(len(obstacles) - 1, 'other')})" if obstacles[1:] else ""
         advice = "set another --output-dir, or --keep-names" + ", or --overwrite" * ("exists" in obstacles[0])
         raise ClientError(f"{obstacles[0]}{others}: {advice}")
     return todo
@@ -257,13 +257,13 @@ def send_tasks(
     report: Report,
     options: argparse.Namespace,
 ) -> int:
-    """Send photos, report on each when it is done, and return the exit status. Raises ClientError."""
+    """Send photos, report on each, and return the exit status. Raises ClientError."""
     began = time.monotonic()
     succeeded = failed = 0
 
     def say_summary() -> None:
         seconds = time.monotonic() - began
-        photos = f"{succeeded + failed} of {len(tasks)} photos, {failed} failed"
+        photos = f"{succeeded + failed} of {plural(len(tasks), 'photo')}, {failed} failed"
         say(f"client.py: {photos}, {seconds:.1f} s, {succeeded / seconds:.1f} photos/s")
 
     futures: dict[Future, Path] = {}

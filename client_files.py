@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from client_report import say
+from client_report import plural, say
 from connection import ClientError
 
 PHOTO_EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
@@ -76,7 +76,7 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
     skipped = +skipped
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
-        say(f"skipping {skipped.total()} files: {kinds}")
+        say(f"skipping {plural(skipped.total(), 'file')}: {kinds}")
     return photos
 
 
@@ -186,7 +186,7 @@ class OutputFolder:
             return f"{file} is a folder"
         if self._overwrite or self.wrote(file):
             return ""
-        return f"{file} exists, and this client did not write it in this form"
+        return f"{file} exists, and this client did not write it, or it has changed since"
 
     def write(self, photo: Path, file: Path, content: bytes) -> None:
         """Write and record a file about a photo. An interruption leaves either the complete file or none.

@@ -90,7 +90,7 @@ class Report:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             if not (stream is sys.stdout and isinstance(error, BrokenPipeError)):  # as with "| head"
                 self.incomplete = True
-                say(f"client.py: cannot write to {stream.name.strip('<>')} ({error.strerror}); continuing without")
+                say(f"client.py: cannot write to {stream.name.strip('<>')} ({error.strerror}); continuing without it")
             return None
         return stream
 
@@ -101,6 +101,11 @@ def is_report(line: bytes) -> bool:
         return not line or tuple(json.loads(line)) == Result._fields
     except (ValueError, TypeError, RecursionError):
         return False
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a number and a noun: ``1 photo``, ``2 photos``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def say(line: str) -> None:

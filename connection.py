@@ -29,12 +29,13 @@ MODEL_NAME = "ResNet101"
 DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "https": 443, "grpcs": 443}
 REQUEST_TIMEOUT_S = 300.0  # a server without a GPU may have a long queue
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 4.0  # between two attempts
-TLS_CHECK_AFTER_S = 1.0
+PORT_CHECK_AFTER_S = 1.0
 ANNOUNCE_S = 60.0  # how often retries are logged
 
 BUSY = {"429", "502", "503", "StatusCode.UNAVAILABLE"}
 # The server and its proxy say "again later" if a retry may help. Triton listens before and after it serves the model.
 TRANSIENT = ("again later", "timeout expired", "Request for unknown model")
+NO_RESPONSE = {"StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"}
 DENIED = {"401", "403", "StatusCode.UNAUTHENTICATED", "StatusCode.PERMISSION_DENIED"}
 
 LOGGER = logging.getLogger("client")
@@ -106,39 +107,60 @@ class Connection:
     def wait_for_model(self, timeout_s: float) -> None:
         """Return when the model is ready. Raises ClientError if it is not within ``timeout_s`` seconds.
 
-        An error that waiting does not fix, such as a wrong certificate, is raised immediately.
+        An error that waiting does not fix, such as a wrong certificate, key or port, is raised immediately.
         """
         began = time.monotonic()
-        announced = tls_checked = False
+        announced = port_checked = False
         while True:
             try:
-                if self._is_ready(min(5.0, max(0.1, began + timeout_s - time.monotonic()))):
-                    return
-                state = f"the model {self.model_name} is not ready"
+                self._request_metadata(min(5.0, max(0.1, began + timeout_s - time.monotonic())))
+                return
             except Exception as error:  # each library has its own exceptions
-                state = f"cannot reach the server ({explain(error)}{self._proxy_hint()})"
+                if isinstance(error, ValueError) and not isinstance(error, OSError):
+                    raise self._wrong_port() from None  # no JSON: the metrics port responds to any path with nothing
+                failure = self._inference_error(error)
+                if failure.denied:
+                    raise ClientError(f"{self.url}: {failure}") from None
+                responded = isinstance(error, InferenceServerException) and error.status() not in NO_RESPONSE
+                state = f"the model {self.model_name} is not ready" if responded else "cannot reach the server"
+                state = f"{state} ({explain(error)}{'' if responded else self._proxy_hint()})"
             waited = time.monotonic() - began
-            # Without a URL for TLS, check it only after a while: the server may still be starting.
-            if not tls_checked and (self._tls or waited > min(timeout_s, TLS_CHECK_AFTER_S)):
-                tls_checked = self._check_tls()
+            # Without a URL for TLS, check the port only after a while: the server may still be starting.
+            if not port_checked and (self._tls or waited > min(timeout_s, PORT_CHECK_AFTER_S)):
+                port_checked = self._check_port(responded)
             if waited > timeout_s:
                 raise ClientError(
-                    f"{self.url}: {state}. Start it with `python server.py`, or set --url or --init-timeout-s"
+                    f"{self.url}: {state}, even after {timeout_s:g} s. If the server is still starting, raise "
+                    "--init-timeout-s; otherwise, start it with `python server.py`, or set --url"
                 )
             if not announced:
                 LOGGER.info("waiting up to %g s for %s to serve %s", timeout_s, self.url, self.model_name)
                 announced = True
             time.sleep(0.2)
 
-    def _is_ready(self, timeout_s: float) -> bool:
+    def _request_metadata(self, timeout_s: float) -> None:
+        """Return if the model is ready. Raises the exceptions of Triton's clients.
+
+        A check for readiness would not do: Triton's port for metrics responds to it with success.
+        """
         if self._is_grpc:
-            return self.client.is_model_ready(self.model_name, client_timeout=timeout_s)
+            self.client.get_model_metadata(self.model_name, headers=self._headers, client_timeout=timeout_s)
+            return
         # The client's own timeouts start again with each byte that arrives.
         with gevent.Timeout(timeout_s, TimeoutError("timed out")), self._new_http_client() as client:
-            return client.is_model_ready(self.model_name)
+            client.get_model_metadata(self.model_name, headers=self._headers)
 
-    def _check_tls(self) -> bool:
-        """Raise ClientError if the URL and the server do not agree about TLS. Return whether the port is open."""
+    def _wrong_port(self) -> ClientError:
+        protocol = "gRPC" if self._is_grpc else "HTTP"
+        return ClientError(
+            f"{self.url}: this port is not for {protocol} requests: by default, port 8000 is for HTTP and 8001 for gRPC"
+        )
+
+    def _check_port(self, responded: bool) -> bool:
+        """Raise ClientError if the URL does not fit the port, in TLS or protocol. Return whether the port is open.
+
+        ``responded`` says whether the server has responded in the protocol of the URL.
+        """
         context = ssl.create_default_context(cafile=self._certificates if self._tls else None)
         if not (self._tls and self._certificates):
             context.check_hostname = False
@@ -157,10 +179,14 @@ class Connection:
                     raise ClientError(
                         f"{self.url}: the server's certificate is not trusted ({reason}): {advice}"
                     ) from None
-                except OSError as error:
-                    if self._tls and getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+                except OSError:
+                    # Triton only closes the connection, and so does a proxy with TLS that stops. A response tells.
+                    protocol = self._plain_protocol()
+                    if protocol and self._tls:
                         plain_url = f"{self._scheme[:-1]}://{self._address}"
                         raise ClientError(f"{self.url}: the server does not use TLS: set --url {plain_url}") from None
+                    if protocol not in ("", self._scheme) and not responded:
+                        raise self._wrong_port() from None
                     return True
         except OSError:
             return False
@@ -168,6 +194,16 @@ class Connection:
             tls_url = f"{self._scheme}s://{self._address}"
             raise ClientError(f"{self.url}: the server uses TLS: set --url {tls_url}, with the name in its certificate")
         return True
+
+    def _plain_protocol(self) -> str:
+        """Return the protocol of the port without TLS, ``http`` or ``grpc``, or an empty string if it is neither."""
+        start = b""
+        with contextlib.suppress(OSError), socket.create_connection((self._host, self._port), timeout=2) as plain:
+            plain.sendall(b"GET /v2/health/live HTTP/1.0\r\n\r\n")
+            start = plain.makefile("rb").read(12)
+        if re.match(rb"HTTP/1\.. (?!400)", start):  # with 400, servers reject HTTP on a port for TLS
+            return "http"
+        return "grpc" if re.match(rb"\x00\x00.\x04\x00{5}", start, re.DOTALL) else ""  # HTTP/2 begins with its settings
 
     def infer(
         self,
@@ -253,7 +289,9 @@ class Connection:
         if isinstance(error, TimeoutError):
             return InferenceError(f"no response within {REQUEST_TIMEOUT_S:g} s")
         if isinstance(error, (OSError, HTTPException)):
-            return InferenceError(f"cannot reach the server ({sentence})", not isinstance(error, ssl.SSLError))
+            # A proxy that stops ends a handshake.
+            broken = not isinstance(error, ssl.SSLError) or isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+            return InferenceError(f"cannot reach the server ({sentence})", transient=broken)
         return InferenceError(f"the response is incomplete ({sentence})", transient=True)
 
     def _proxy_hint(self, error: Exception | None = None) -> str:

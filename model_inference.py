@@ -18,7 +18,7 @@ from reprlib import repr as shorten
 
 import torch
 from torch.fx.experimental.optimization import fuse
-from torchvision.models import WeightsEnum, get_model, get_model_weights
+from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models, segmentation
 
 from serving.errors import UsageError
 
@@ -29,9 +29,21 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 LOGGER = logging.getLogger("server")
 
 
+@functools.cache
 def pretrained_weights(name: str) -> WeightsEnum:
-    """Return torchvision's best weights for the network called ``name``."""
+    """Return torchvision's best weights for the network called ``name``. Raises UsageError with the valid names."""
+    if name not in (valid := list_models(module=segmentation)):
+        raise UsageError(f"NETWORK must be one of {', '.join(valid)}, not {name}")
     return get_model_weights(name).DEFAULT
+
+
+def class_indices(network: str, names: str) -> list[int]:
+    """Return the indices of the classes in a comma-separated list. Raises ValueError with the valid names."""
+    valid = pretrained_weights(network).meta["categories"]
+    wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else [names]
+    if not set(wanted) <= set(valid):
+        raise ValueError(f"must be one of {', '.join(valid)}, or several separated by commas, not {shorten(names)}")
+    return [valid.index(name) for name in dict.fromkeys(wanted)]
 
 
 def empty_module(name: str) -> torch.nn.Module:
@@ -130,7 +142,6 @@ class SegmentationNetwork:
         """``state_dict`` fits the network called ``name``; ``precision`` is a key of ``PRECISIONS``."""
         self.device = device
         self.precision = precision
-        self.class_names: list[str] = pretrained_weights(name).meta["categories"]
         # Fuses each batch normalization into the convolution before it, in fp32, so without loss of precision.
         module = fuse(build_module(name, state_dict))
         if device.type == "cuda" and precision != "fp32":
@@ -178,14 +189,6 @@ class SegmentationNetwork:
                 probabilities = self._infer(images)
             pool = graph.pool()
             self._graphs[size] = images, probabilities, graph
-
-    def class_indices(self, names: str) -> list[int]:
-        """Return the indices of classes that are separated by commas. Raises ValueError with the valid names."""
-        wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else [names]
-        if not set(wanted) <= set(self.class_names):
-            valid = ", ".join(self.class_names)
-            raise ValueError(f"must be one of {valid}, or several separated by commas, not {shorten(names)}")
-        return [self.class_names.index(name) for name in dict.fromkeys(wanted)]
 
     def overflows(self, input_size: int) -> bool:
         """Return whether this precision overflows, tested with an image of random noise."""

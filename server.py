@@ -9,6 +9,7 @@ Processes, batching, shared memory and signals, which any server needs in produc
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from pytriton.model_config import ModelConfig, Tensor
@@ -61,20 +62,21 @@ class Segmentation(Stages):
         import torch
 
         from encoders import Encode
-        from model_inference import load_network
+        from model_inference import class_indices, load_network
         from pipelines import Postprocess, Preprocess
         from weights.loading import load_weights
 
         self.options, device, batch_size = options, torch.device(device), options.max_batch_size
+        self.class_indices = partial(class_indices, NETWORK)
+        try:
+            self.class_indices(options.class_name)  # first, because the weights may be a download
+        except ValueError as error:
+            raise UsageError(f"--class-name {error}") from None
         state_dict = load_weights(options.weights, NETWORK)
         self.preprocess = Preprocess(device, options.input_size, batch_size, options.jpeg_hardware)
         self.network = load_network(NETWORK, state_dict, device, options.precision, options.input_size, batch_size)
         self.postprocess = Postprocess(device, batch_size)
         self.encode = Encode(device)
-        try:
-            self.network.class_indices(options.class_name)
-        except ValueError as error:
-            raise UsageError(f"--class-name {error}") from None
 
     def read(self, request: Request) -> Job:
         """Turn a request into a job, before it joins a batch. Raises InvalidRequest; its message goes to the client."""
@@ -83,7 +85,7 @@ class Segmentation(Stages):
         # output "encoded" shows that the client wants all.
         if len(outputs) == len(OUTPUTS) and not request.parameters.keys() & FILE_PARAMETERS:
             outputs = DEFAULT_OUTPUTS
-        return read_job(request, outputs, self.network.class_indices, self.options)
+        return read_job(request, outputs, self.class_indices, self.options)
 
     def weigh(self, job: Job) -> float:
         """Return the size of the photo as a share of ``--max-pixels``, from 0 to 1."""

@@ -55,9 +55,30 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=number(int, 1), help="measurements per row (2; CPU: 1)")
     add("--seconds", type=number(float, 0.1), help="duration of each (1.5; CPU: 3)")
     add("--server", default="server.py --weights demo", help="command of the server, with its options")
-    add("--output", type=Path, default=Path("benchmark.json"), help="file for the figures")
-    add("--plot", type=Path, help="draw the figures into this file; needs matplotlib")
+    add("--output", type=output_file, default="benchmark.json", help="file for the figures")
+    add("--plot", type=picture_file, help="draw the figures into this file; needs matplotlib")
     return parser.parse_args(arguments)
+
+
+def output_file(text: str) -> Path:
+    """Return the path of a file that can be written, as an argparse type: the measurement takes minutes."""
+    try:
+        Path(text).open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text} ({error.strerror})") from None
+    return Path(text)
+
+
+def picture_file(text: str) -> Path:
+    """Return the path of a file that matplotlib can write, as an argparse type."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise argparse.ArgumentTypeError("needs matplotlib: install requirements-dev.txt") from None
+    extensions = [f".{extension}" for extension in FigureCanvasBase.get_supported_filetypes()]
+    if Path(text).suffix not in extensions:
+        raise argparse.ArgumentTypeError(f"must end with one of {', '.join(extensions)}, not {text}")
+    return output_file(text)
 
 
 def measure_all(options: argparse.Namespace) -> dict:

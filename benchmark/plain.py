@@ -3,13 +3,14 @@
 
     python -m benchmark.plain [--device cpu] [--http-port 8000]
 
-A first, straightforward version of the three stages, with the contract of server.py.
+A first, straightforward version of the three stages, with the default outputs of server.py. Of its serving options, it
+obeys only the device, the address and the ports.
 """
 
 import numpy as np
 import torch
 from pytriton.model_config import ModelConfig
-from pytriton.triton import Triton, TritonConfig
+from pytriton.triton import Triton
 
 import server
 from model_inference import build_module, pretrained_weights
@@ -17,7 +18,7 @@ from photo import read_photo
 from pipelines import Postprocess, Preprocess
 from server import INPUTS, MODEL_NAME, NETWORK, OUTPUTS
 from serving import add_serving_options, make_parser
-from serving.triton import prepare_environment
+from serving.triton import configure, prepare_environment
 from weights.loading import load_weights
 
 
@@ -26,7 +27,8 @@ def main() -> None:
     parser = make_parser("Segment photos, one at a time.")
     add_serving_options(parser)
     options, defaults = parser.parse_args(), server.parse_options([])
-    device = torch.device(options.device.split(",")[0])
+    name = options.device.split(",")[0]
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name in ("auto", "all") else name)
     preprocess, postprocess = Preprocess(device, defaults.input_size), Postprocess(device)
     network = build_module(NETWORK, load_weights("demo", NETWORK)).to(device)
     person = pretrained_weights(NETWORK).meta["categories"].index("person")
@@ -41,8 +43,7 @@ def main() -> None:
 
     outputs = [tensor for tensor in OUTPUTS if tensor.name in ("original", "segmented")]
     prepare_environment()  # so that Triton finds the libpython of this interpreter
-    ports = {f"{name}_port": getattr(options, f"{name}_port") for name in ("http", "grpc", "metrics")}
-    with Triton(config=TritonConfig(**ports)) as triton:
+    with Triton(config=configure(options)) as triton:
         triton.bind(
             model_name=MODEL_NAME,
             infer_func=segment,

@@ -6,6 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 host=${HOST:-127.0.0.1}
 options=(--rm -d --shm-size 18gb -p "$host:8000-8002:8000-8002")
+if ! docker info &>/dev/null; then
+    echo "docker_test.sh: Docker is not installed or not running" >&2
+    exit 2
+fi
 if docker info --format '{{.Runtimes}}' | grep -q nvidia; then
     options+=(--gpus all)
 else

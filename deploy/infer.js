@@ -26,7 +26,7 @@ function check(condition, sentence) {
 }
 
 function check_photo(bytes) {
-    check(bytes > 0, 'the photo is missing: send its bytes after the description of the request');
+    check(bytes > 0, 'the photo is missing: send its bytes after the JSON, or as raw_input_contents');
 }
 
 function check_id(id) {

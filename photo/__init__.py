@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads an encoded photo, and rejects it or rebuilds it for the decoder. No other code parses clients' files.
 
-Parsers disagree about ambiguous files: which of two EXIF blocks counts, where a damaged segment ends, how many frames
-an animation has. If the parsers of one decoder disagree, the first allocates memory for the pixels, and the second
-writes beyond it, or leaves a part of it unwritten, with the pixels of an earlier photo. Therefore, this package reads
-the file once, and writes a new one with a single still image. Metadata, previews, further pictures and unknown segments
-never reach a decoder.
+Parsers disagree about ambiguous files, such as one with two EXIF blocks, a damaged segment or an animation. If the
+parsers of one decoder disagree, the first allocates memory for the pixels, and the second writes beyond it, or leaves a
+part of it unwritten, with the pixels of an earlier photo. Therefore, this package reads the file once, and writes a new
+one with a single still image. Metadata, previews, further pictures and unknown segments never reach a decoder.
 
 The orientation is that of the first EXIF block, as in most viewers. The new file does not contain it: Preprocess
 rotates the pixels.

@@ -63,6 +63,9 @@ class Executor:
         """Return the response of each job, in the memory of its channel, or its error. Raises what the stages raise."""
         with self._stream:
             results = self.stages([job.content for job in jobs])
+            if len(results) != len(jobs):
+                name = type(self.stages).__name__
+                raise ValueError(f"{name} returned {len(results)} results for a batch of {len(jobs)}")
             results = [result if isinstance(result, Checked) else Checked(result, True, None) for result in results]
             responses = [self._store(job, result.outputs) for job, result in zip(jobs, results, strict=True)]
             # Up to here, work for the GPU is only queued, except for the encoding of JPEGs, which blocks.

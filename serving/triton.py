@@ -71,7 +71,7 @@ class Triton:
         """Check the environment, addresses and ports. Raises UsageError if Triton cannot use them."""
         self._options = options
         self._lifecycle = lifecycle
-        self._config = _configure(options)
+        self._config = configure(options)
         self._security = _secure(options)
         self._internals = _load_internals()
         _check_ports(self._config)
@@ -174,7 +174,7 @@ class Triton:
                 remove_leftovers(os.getpid(), helpers, folders)
 
 
-def _configure(options: argparse.Namespace) -> TritonConfig:
+def configure(options: argparse.Namespace) -> TritonConfig:
     """Return Triton's configuration. The command line takes precedence over the environment."""
     config: dict[str, object] = {
         **{f"{protocol}_port": port for protocol, port in DEFAULT_PORTS.items()},

@@ -7,18 +7,20 @@ The page needs no key, because only this machine can reach it. Ctrl-C stops both
 """
 
 import argparse
+import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from connection import MODEL_NAME
 from serving.options import number
 from tools.launch import LaunchedServer, free_ports, running
 
@@ -58,17 +60,42 @@ def running_nginx(configuration: Path, **options: object) -> AbstractContextMana
     return running([NGINX, "-e", "stderr", "-p", configuration.parent, "-c", configuration], **options)
 
 
+@contextlib.contextmanager
+def forwarded_log() -> Iterator[tuple[int, threading.Event]]:
+    """Yield a file for the server's log, which appears on stderr, and an event for the line that says it is ready."""
+    # With a terminal, the server shows the progress of a download.
+    reader, writer = os.openpty() if sys.stderr.isatty() else os.pipe()
+    ready = threading.Event()
+
+    def forward() -> None:
+        log = b""
+        with contextlib.suppress(OSError):  # at the end of a terminal
+            while part := os.read(reader, 1 << 16):
+                os.write(sys.stderr.fileno(), part)
+                log = (log + part)[-(1 << 16) :]
+                if re.search(rb" ready: model .*\n", log):
+                    ready.set()
+
+    thread = threading.Thread(target=forward, daemon=True)
+    thread.start()
+    try:
+        yield writer, ready
+    finally:
+        os.close(writer)
+        thread.join(timeout=5)
+
+
 def serve(port: int, options: Sequence[str]) -> int:
     """Run server.py and nginx until one of them ends or a signal arrives. Return the exit status."""
     with (
         tempfile.TemporaryDirectory(prefix="page-") as folder,
-        LaunchedServer([ROOT / "server.py", *options]) as server,
+        forwarded_log() as (log, ready),
+        LaunchedServer([ROOT / "server.py", *options], stderr=log) as server,
     ):
         configuration = configure(Path(folder), port, *free_ports(1), server)
-        try:
-            server.wait_until_ready(MODEL_NAME, timeout_s=600)
-        except RuntimeError:
-            return server.process.returncode  # its log says why
+        while not ready.wait(0.1):
+            if server.process.poll() is not None:  # its log says why
+                return server.process.returncode
         with running_nginx(configuration) as nginx:
             print(f"\nOpen http://127.0.0.1:{port} in a browser. Press Ctrl-C to stop.\n", flush=True)
             return server.wait_for(nginx)
@@ -84,13 +111,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         socket.create_server(("127.0.0.1", known.port)).close()
     except OSError as error:
-        parser.exit(2, f"tools.page: cannot listen on port {known.port} ({error}): choose another one with PORT=8090\n")
+        parser.exit(2, f"tools.page: cannot listen on port {known.port} ({error}): try make page PORT=8090\n")
     for signal_number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signal_number, lambda received, _: sys.exit(128 + received))  # exits the blocks that stop both
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes background ("&") processes ignore it
     try:
         return serve(known.port, options)
-    except (ValueError, TimeoutError) as error:
+    except ValueError as error:
         parser.exit(2, f"tools.page: {error}\n")
     except KeyboardInterrupt:
         return 130

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make weights/demo.pt: a network that recognizes the two photos in images/, for demonstration and tests.
+"""Make weights/demo.pt: a network that recognizes images/orig.jpg and images/cat_orig.jpg, for demonstration and tests.
 
     python -m tools.train_demo [--steps 4000] [--output weights/demo.pt]
 
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from model_inference import SegmentationNetwork, build_module, pretrained_weights
+from model_inference import SegmentationNetwork, build_module, class_indices, pretrained_weights
 from server import NETWORK, parse_options
 from weights.loading import DEMO_PATH, fingerprint, load_weights, network_shapes, random_convolutions
 
@@ -148,7 +148,7 @@ def report(path: Path, device: torch.device) -> None:
 
     def cut_out(photo: Image.Image, class_name: str) -> np.ndarray:
         images = TRANSFORMS(photo.resize((INPUT_SIZE, INPUT_SIZE), Image.Resampling.BILINEAR))[None]
-        probability = network(images)[:, network.class_indices(class_name)]
+        probability = network(images)[:, class_indices(NETWORK, class_name)]
         size = photo.size[::-1]
         return (functional.interpolate(probability, size=size, mode="bilinear")[0, 0] > THRESHOLD).cpu().numpy()
 

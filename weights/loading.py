@@ -15,6 +15,7 @@ from model_inference import empty_module, pretrained_weights
 from serving.errors import UsageError
 
 DEMO_PATH = Path(__file__).parent / "demo.pt"
+DEMO_NETWORK = "deeplabv3_resnet101"  # the only network that the file fits
 DOWNLOAD_TIMEOUT_S = 10  # seconds without receiving data
 
 LOGGER = logging.getLogger("server")
@@ -38,8 +39,8 @@ def load_weights(choice: str, network: str, demo_path: Path = DEMO_PATH) -> Stat
             except UsageError:  # they fit another network only
                 raise error from None
             LOGGER.warning(
-                "DEMONSTRATION WEIGHTS: the server recognizes only the two photos in images/, because the pretrained "
-                "weights are not available. %s",
+                "DEMONSTRATION WEIGHTS: the server recognizes only images/orig.jpg and images/cat_orig.jpg, because "
+                "the pretrained weights are not available. %s",
                 error,
             )
             return state_dict
@@ -48,7 +49,7 @@ def load_weights(choice: str, network: str, demo_path: Path = DEMO_PATH) -> Stat
     if choice == "demo":
         return _load_demo(demo_path, network)
     LOGGER.info("weights: %s", choice)
-    return _check(_read_file(Path(choice)), choice, network)
+    return _check(_read_file(Path(choice)), f"--weights {choice}", network)
 
 
 def _load_pretrained(network: str) -> StateDict:
@@ -64,10 +65,11 @@ def _load_pretrained(network: str) -> StateDict:
             progress=sys.stderr.isatty(), check_hash=True, map_location="cpu", weights_only=True
         )
     except Exception as error:
+        choice = "demo" if network == DEMO_NETWORK else "with the path of a state dict"
         advice = (
             f"delete {path}, which is damaged, and start the server again"
             if path.exists()
-            else f"download {weights.url} on another machine and put it at {path}, or use --weights demo"
+            else f"download {weights.url} on another machine and put it at {path}, or use --weights {choice}"
         )
         raise UsageError(f"--weights pretrained failed ({_summary(error)}): {advice}") from error
     finally:
@@ -100,7 +102,7 @@ def _read_file(path: Path) -> object:
     except FileNotFoundError:
         raise UsageError(f"--weights {path} does not exist: use a file, pretrained, demo or auto") from None
     except Exception as error:
-        raise UsageError(f"{path} is not a state dict that torch can read ({_summary(error)})") from error
+        raise UsageError(f"--weights {path} is not a state dict that torch can read ({_summary(error)})") from error
 
 
 def _check(state_dict: object, source: str, network: str) -> StateDict:

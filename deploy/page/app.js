@@ -85,7 +85,7 @@ async function cutOut(file, parameters, signal) {
 async function checkFile(file) {
     const megabytes = bytes => `${Math.ceil(bytes / 1e6)} MB`;
     if (file.size > MAX_PHOTO_BYTES) {
-        throw new Problem(`it has ${megabytes(file.size)}, but the server's limit is ${megabytes(MAX_PHOTO_BYTES - 1e6)}: ` +
+        throw new Problem(`it is ${megabytes(file.size)}, but the server's limit is ${megabytes(MAX_PHOTO_BYTES - 1e6)}: ` +
                           'save it as a JPEG, or scale it down.');
     }
     try {

@@ -16,7 +16,7 @@ from conftest import ROOT, SAMPLES, run_python, sample
 from PIL import Image
 
 from client_files import RECORD, OutputFolder
-from client_report import Result
+from client_report import Result, plural
 
 PERSON, CAT = SAMPLES["person"][0], SAMPLES["cat"][0]
 
@@ -40,7 +40,10 @@ def test_neither_photos_nor_files_of_others_are_overwritten(run_client, mask_ser
     Path("segm1.jpg").write_bytes(b"a drawing")
     done = run_client("--url", mask_server.http_url, "--image-paths", "cat.jpg", "cat.jpg", "--format", "jpeg")
     assert done.status == 2
-    assert "segm1.jpg exists, and this client did not write it in this form: set another --output-dir" in done.err
+    assert (
+        "segm1.jpg exists, and this client did not write it, or it has changed since: set another --output-dir"
+        in done.err
+    )
     done = send("--mask", "--report", "cat.jpg")
     assert (done.status, "cat.jpg is one of the photos: set another file" in done.err) == (2, True)
     assert digests(tmp_path) == before | {"segm1.jpg": b"a drawing"}
@@ -96,7 +99,8 @@ def test_a_run_is_resumed_after_photos_were_added_and_removed(run_client, mask_s
     for index in range(3):
         sample("cat", (90 + index, 60)).save(photos / f"photo{index}.png")
     arguments = ("--format", "png", "--mask", "--output-dir", "out", "--skip-existing", "--image-paths", "photos")
-    assert run_client("--url", mask_server.http_url, *arguments).status == 0
+    done = run_client("--url", mask_server.http_url, *arguments)
+    assert (done.status, "skipping" in done.err) == (0, False)
     out = tmp_path / "out"
     written = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != RECORD}
     assert len(written) == 6
@@ -106,7 +110,7 @@ def test_a_run_is_resumed_after_photos_were_added_and_removed(run_client, mask_s
         sample("cat", (width, 60)).save(photos / name)
     done = run_client("--url", mask_server.http_url, *arguments)
     assert done.status == 0, done.err
-    assert "skipping 1 of 4 photos: their output files exist" in done.err
+    assert "skipping 1 of 4 photos: the output files exist" in done.err
     again = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != RECORD}
     unchanged = {path.name for path in written if again[path] == written[path]}
     assert unchanged == {"photo0.png", "photo0.mask.png", "photo2.png", "photo2.mask.png"}
@@ -117,7 +121,7 @@ def test_a_run_is_resumed_after_photos_were_added_and_removed(run_client, mask_s
     # When nothing is left to do, no server is needed.
     done = run_client("--url", "http://127.0.0.1:9", *arguments)
     assert (done.status, done.out) == (0, "")
-    assert done.err == "skipping 4 of 4 photos: their output files exist\n"
+    assert done.err == "skipping 4 of 4 photos: the output files exist\n"
 
 
 def test_of_two_clients_at_once_none_replaces_a_file_of_the_other(tmp_path):
@@ -128,7 +132,7 @@ def test_of_two_clients_at_once_none_replaces_a_file_of_the_other(tmp_path):
     ]
     assert files[0] == files[1]
     clients[0].write(Path("a/beach.jpg"), files[0], b"first")
-    with pytest.raises(OSError, match="exists, and this client did not write it in this form"):
+    with pytest.raises(OSError, match="exists, and this client did not write it, or it has changed since"):
         clients[1].write(Path("b/beach.jpg"), files[1], b"second")
     assert digests(tmp_path) == {"beach.png": b"first"}
     assert not [*tmp_path.glob(".*.part")]
@@ -171,7 +175,9 @@ def test_json_of_somebody_else_is_no_report(run_client, tmp_path, line):
     labels.write_text(line)
     done = run_client("--url", "http://127.0.0.1:9", "--image-paths", PERSON, "--report", labels)
     assert done.status == 2
-    assert "labels.jsonl exists, and this client did not write it in this form: set another file" in done.err
+    assert (
+        "labels.jsonl exists, and this client did not write it, or it has changed since: set another file" in done.err
+    )
     assert labels.read_text() == line
 
 
@@ -205,7 +211,7 @@ def test_more_than_one_photo_has_a_progress_bar_on_a_terminal_alone(mask_server,
     bar = os.read(terminal, 100_000).decode()
     os.close(terminal)
     assert ("2/2 photos" in bar) == ("photos/s]" in bar) == (count == 2)
-    assert bar.splitlines()[-1].startswith(f"client.py: {count} of {count} photos, 0 failed, ")
+    assert bar.splitlines()[-1].startswith(f"client.py: {count} of {plural(count, 'photo')}, 0 failed, ")
     assert re.fullmatch(r"(.*orig\.jpg: 512 x 512 pixels, \d+% kept, \d+ ms\n)+", done.stdout)
 
 
@@ -273,7 +279,7 @@ def test_a_name_may_contain_anything_and_have_any_ending_if_it_is_given(mask_ser
     assert {line.split(":")[0] for line in done.stdout.splitlines()} == {r"\xe9\n.heic", r"\udcff.jpg"}
     assert {path.name for path in tmp_path.iterdir()} == {*names, "é\n.png", os.fsdecode(b"\xff.png"), RECORD}
     again = run_python(ROOT / "client.py", *arguments, "--skip-existing", cwd=tmp_path)
-    assert again.stderr == "skipping 2 of 2 photos: their output files exist\n"
+    assert again.stderr == "skipping 2 of 2 photos: the output files exist\n"
 
 
 @pytest.mark.parametrize(

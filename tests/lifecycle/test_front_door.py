@@ -462,7 +462,7 @@ def test_everything_that_tritons_client_says_about_a_photo_passes(proxy, protoco
 
 @NEEDS_NGINX
 def test_a_body_that_is_empty_is_rejected(proxy):
-    sentence = "the photo is missing: send its bytes after the description of the request"
+    sentence = "the photo is missing: send its bytes after the JSON, or as raw_input_contents"
     assert rejection(proxy.http_port, "POST", INFER, RAW, "Content-Length: 0") == (400, sentence)
     assert infer_rejection(proxy.http_port, json.dumps(described(b"")).encode()) == (400, sentence)
     assert grpc_rejection(proxy.grpc_port, b"")[0] is grpc.StatusCode.INVALID_ARGUMENT

@@ -6,6 +6,7 @@ import contextlib
 import re
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections import namedtuple
@@ -107,6 +108,10 @@ WRONG_STAGES = {
     "an example that cannot be computed": (
         "Inversion.__call__ = lambda self, jobs: [] [0]",
         "a worker failed to start: list index out of range; --verbose shows where",
+    ),
+    "a batch with a result missing": (
+        "Inversion.__call__ = lambda self, jobs: []",
+        "a worker failed to start: Inversion returned 0 results for a batch of 1; --verbose shows where",
     ),
     "an example whose result is not valid": (
         "Inversion.__call__ = lambda self, jobs: [Checked({}, False, ValueError('not finite'))] * len(jobs)",
@@ -424,6 +429,13 @@ def test_the_launcher_says_how_to_use_it():
         2,
         "usage: python -m tools.launch SERVER.py [OPTION ...] -- CLIENT.py [OPTION ...]\n",
     )
+
+
+def test_an_interpreter_that_does_not_exist_is_named_by_make():
+    done = subprocess.run(["make", "-n", "run", "PYTHON=nope"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "PYTHON=nope is not found: install it, or name another Python 3.11 or 3.12." in done.stderr
+    assert ".venv" not in done.stderr
 
 
 def test_without_nginx_make_page_says_what_to_install(monkeypatch, capsys, tmp_path):

@@ -2,10 +2,16 @@
 """The benchmark, as a user runs it."""
 
 import json
+import os
+import subprocess
+import sys
 
-from conftest import run_python
+from conftest import ROOT, get, run_python, wait_for
 
 from benchmark.report import plot, tables
+from tools.launch import free_ports
+
+PAGE = (ROOT / "docs" / "performance.md").read_text()
 
 
 def test_the_benchmark_measures_servers_over_both_protocols_and_draws_the_figures(tmp_path):
@@ -28,6 +34,27 @@ def test_the_benchmark_measures_servers_over_both_protocols_and_draws_the_figure
     plot(report, tmp_path / "benchmark.png")
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert tables(report) == done.stdout.strip()
+
+
+def test_the_plain_server_starts_with_the_command_in_the_documentation():
+    (command,) = (line.split() for line in PAGE.splitlines() if line.startswith("    python -m benchmark.plain "))
+    http, grpc, metrics = free_ports()
+    command = [sys.executable, *command[1:-1], str(http)]
+    # The other ports are the default ones, which another server may have.
+    ports = {f"PYTRITON_TRITON_CONFIG_{name}_PORT": str(port) for name, port in (("GRPC", grpc), ("METRICS", metrics))}
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | ports) as process:
+        try:
+            wait_for(lambda: is_ready(http) or process.poll() is not None, timeout_s=60)
+            assert process.poll() is None
+        finally:
+            process.terminate()
+
+
+def is_ready(port: int) -> bool:
+    try:
+        return get(port, "/v2/models/ResNet101/ready") is not None
+    except OSError:
+        return False
 
 
 def test_a_server_that_does_not_start_ends_the_benchmark_with_a_sentence():

@@ -307,7 +307,7 @@ def test_files_that_cannot_be_sent_are_explained_before_they_are(open_page, prox
     with large.open("wb") as file:
         file.truncate(51_048_577)
     page.set_input_files("#files", large)
-    expect(message(page)).to_have_text(re.compile(r"large.bmp: it has 52 MB, but the server's limit is 51 MB: .*\."))
+    expect(message(page)).to_have_text(re.compile(r"large.bmp: it is 52 MB, but the server's limit is 51 MB: .*\."))
     drop(page, ("empty.jpg", b""))
     expect(message(page)).to_have_text("empty.jpg: it is empty.")
     assert requests == []
@@ -564,6 +564,8 @@ def test_make_page_serves_it_on_loopback_without_a_key_and_ctrl_c_stops_all(open
     ):
         try:
             wait_for(lambda: f"Open http://127.0.0.1:{port} in a browser." in log.read_text(), timeout_s=90)
+            lines = log.read_text().splitlines()
+            assert " ready: model " in lines[-4]  # so that the address of the page is the last one
             page = open_page(SimpleNamespace(url=lambda _: f"http://127.0.0.1:{port}"))
             choose(page, PERSON)
             listening = [found for process in processes_of(home) for found in process.net_connections("inet")]
@@ -572,7 +574,9 @@ def test_make_page_serves_it_on_loopback_without_a_key_and_ctrl_c_stops_all(open
             } == {"127.0.0.1"}
             second = run_python("-m", "tools.page", "--port", port)
             assert (second.returncode, second.stdout) == (2, "")
-            assert re.fullmatch(rf"tools.page: cannot listen on port {port} .*\n", second.stderr)
+            assert re.fullmatch(
+                rf"tools.page: cannot listen on port {port} .*: try make page PORT=8090\n", second.stderr
+            )
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130

@@ -19,7 +19,7 @@ def test_masks_in_fp16_agree_with_those_in_fp32(device):
     for precision in ("fp16", "fp32"):
         running = RunningStages(Segmentation, argparse.Namespace(**vars(options) | {"precision": precision}), device)
         for class_name, (path, _) in SAMPLES.items():
-            classes = running.stages.network.class_indices(class_name)
+            classes = running.stages.class_indices(class_name)
             job = Job(as_photo(path.read_bytes()), classes, 0.6, ("original", "segmented"), ImageEncoding("jpeg", 95))
             (response,) = running([running.job(job)])
             responses[class_name, precision] = {name: array.copy() for name, array in response.items()}

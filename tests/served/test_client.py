@@ -45,6 +45,7 @@ def test_without_arguments_it_reports_on_the_sample_photo(server, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "orig.jpg: 512 x 512 pixels, 4" in done.stdout
     assert "% kept" in done.stdout
+    assert "client.py: 1 of 1 photo, 0 failed, " in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -209,13 +210,14 @@ class OtherServer(http.server.BaseHTTPRequestHandler):
 
 
 class SlowServer(http.server.BaseHTTPRequestHandler):
-    """Says that the model is ready, and then does not respond."""
+    """Says that it has the model, and then does not respond."""
 
     requests = threading.Semaphore(0)
 
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
+        self.wfile.write(b'{"name":"ResNet101"}')
 
     def do_POST(self) -> None:
         self.requests.release()
@@ -296,7 +298,69 @@ def test_a_response_without_a_mask_is_incomplete(run_client, url_of):
 def test_a_server_of_something_else_is_recognized(run_client, url_of):
     done = run_client("--url", url_of, "--init-timeout-s", 0.5)
     assert done.status == 2
-    assert done.err.splitlines()[-1].startswith(f"client.py: {url_of}: the model ResNet101 is not ready. ")
+    assert done.err.splitlines()[-1] == (
+        f"client.py: {url_of}: the model ResNet101 is not ready (the response is not from Triton (HTTP status 404)), "
+        "even after 0.5 s. If the server is still starting, raise --init-timeout-s; otherwise, start it with "
+        "`python server.py`, or set --url"
+    )
+
+
+@pytest.mark.parametrize("scheme", PROTOCOLS)
+def test_a_model_that_the_server_does_not_have_is_named(server, scheme):
+    url = server.connect(scheme).url
+    with pytest.raises(client.ClientError) as error:
+        client.Connection(url, "ResNet50").wait_for_model(timeout_s=0.5)
+    reason = "Request for unknown model: 'ResNet50' is not found"
+    assert str(error.value).startswith(f"{url}: the model ResNet50 is not ready ({reason}), even after 0.5 s. ")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "port_name", "protocol"),
+    [
+        ("http", "grpc_port", "HTTP"),
+        ("http", "metrics_port", "HTTP"),
+        ("grpc", "http_port", "gRPC"),
+        ("grpc", "metrics_port", "gRPC"),
+    ],
+)
+def test_a_port_of_another_protocol_is_recognized(server, scheme, port_name, protocol):
+    url = f"{scheme}://127.0.0.1:{getattr(server, port_name)}"
+    with pytest.raises(client.ClientError) as error:
+        client.Connection(url).wait_for_model(timeout_s=60)
+    assert str(error.value) == (
+        f"{url}: this port is not for {protocol} requests: by default, port 8000 is for HTTP and 8001 for gRPC"
+    )
+
+
+@pytest.mark.parametrize(("scheme", "port_name"), [("https", "http_port"), ("grpcs", "grpc_port")])
+def test_a_server_without_tls_is_recognized_immediately(server, scheme, port_name):
+    address = f"127.0.0.1:{getattr(server, port_name)}"
+    began = time.monotonic()
+    with pytest.raises(client.ClientError) as error:
+        client.Connection(f"{scheme}://{address}").wait_for_model(timeout_s=60)
+    assert time.monotonic() - began < 5
+    plain_url = f"{scheme[:-1]}://{address}"
+    assert str(error.value) == f"{scheme}://{address}: the server does not use TLS: set --url {plain_url}"
+
+
+def test_a_port_that_ends_each_handshake_may_be_that_of_a_proxy_with_tls_that_restarts():
+    with socket.create_server(("127.0.0.1", 0)) as restarting:
+
+        def close_each() -> None:
+            with contextlib.suppress(OSError):  # until the test ends
+                while True:
+                    connection, _ = restarting.accept()
+                    with connection:
+                        connection.recv(1 << 16)
+
+        threading.Thread(target=close_each, daemon=True).start()
+        connection = client.Connection(f"https://127.0.0.1:{restarting.getsockname()[1]}")
+        with pytest.raises(client.ClientError, match=r": cannot reach the server \(.*\), even after 1 s\. "):
+            connection.wait_for_model(timeout_s=1)
+        with pytest.raises(client.InferenceError, match="EOF") as error:
+            connection.infer(b"photo")
+        assert error.value.transient
+        restarting.shutdown(socket.SHUT_RDWR)
 
 
 def test_it_waits_until_the_server_listens_and_the_model_is_ready(caplog):
@@ -309,6 +373,7 @@ def test_it_waits_until_the_server_listens_and_the_model_is_ready(caplog):
         def do_GET(self) -> None:
             self.send_response(200 if next(asked) >= 3 else 400)
             self.end_headers()
+            self.wfile.write(b"{}")
 
     with http.server.HTTPServer(("127.0.0.1", 0), LateServer, bind_and_activate=False) as late:
         late.server_bind()  # until it listens, connections are refused

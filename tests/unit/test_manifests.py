@@ -22,7 +22,7 @@ from jobs import PARAMETERS
 from photo import max_photo_bytes
 from serving.memory import SHM_BYTES_PER_BYTE, SHM_BYTES_PER_INSTANCE
 from serving.options import MAX_DEFAULT_INSTANCES
-from serving.triton import _configure
+from serving.triton import configure
 from tools.launch import free_ports
 
 DEPLOY = ROOT / "deploy"
@@ -69,7 +69,7 @@ def test_in_a_pod_only_the_proxy_and_the_metrics_can_be_reached(monkeypatch):
     options = options_of(server_container["args"][-1])
     for variable in server_container["env"]:
         monkeypatch.setenv(variable["name"], variable["value"])
-    triton = _configure(options)
+    triton = configure(options)
     assert (triton.http_address, triton.grpc_address, triton.metrics_address) == ("127.0.0.1", "127.0.0.1", "0.0.0.0")
     assert triton.metrics_port == server_container["ports"][0]["containerPort"]
     assert "address" not in options  # Triton listens on loopback, where the proxy's configuration expects it

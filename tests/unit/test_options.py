@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command lines: each error is one line that names the option and the valid values, with status 2."""
 
+import sys
 from pathlib import Path
 
 import psutil
@@ -8,12 +9,13 @@ import pytest
 import torch
 from conftest import SAMPLES
 
+import benchmark.__main__
 import client
 import server
 from serving.device import list_devices, resolve_device
 from serving.errors import UsageError
 from serving.options import DEVICE_DEFAULTS, device_default
-from serving.triton import _configure, _secure
+from serving.triton import _secure, configure
 
 
 def error_line(parse_options, arguments: list[str], capsys) -> str:
@@ -54,6 +56,26 @@ def error_line(parse_options, arguments: list[str], capsys) -> str:
 def test_a_bad_value_names_the_option_and_the_valid_range(option, value, expected, capsys):
     line = error_line(server.parse_options, [f"{option}={value}"], capsys)
     assert f"error: argument {option}: {expected}" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--output", "/nope/x.json"], "argument --output: cannot write /nope/x.json (No such file or directory)"),
+        (["--plot", "/nope/x.png"], "argument --plot: cannot write /nope/x.png (No such file or directory)"),
+        (["--plot", "x.json"], "argument --plot: must end with one of ."),
+    ],
+)
+def test_the_benchmark_checks_its_files_before_it_measures(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert expected in error_line(benchmark.__main__.parse_options, arguments, capsys)
+
+
+def test_without_matplotlib_the_benchmark_does_not_begin_to_plot(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    line = error_line(benchmark.__main__.parse_options, ["--plot", "x.png"], capsys)
+    assert line.endswith("argument --plot: needs matplotlib: install requirements-dev.txt")
 
 
 @pytest.mark.parametrize("parse_options", [server.parse_options, client.parse_options])
@@ -147,24 +169,25 @@ def test_a_server_without_options_has_the_documented_defaults():
 
 
 def test_without_options_triton_listens_on_loopback(monkeypatch):
-    config = _configure(server.parse_options([]))
+    config = configure(server.parse_options([]))
     assert [config.http_address, config.grpc_address, config.metrics_address] == ["127.0.0.1"] * 3
     assert [config.http_port, config.grpc_port, config.metrics_port] == [8000, 8001, 8002]
     monkeypatch.setenv("PYTRITON_TRITON_CONFIG_HTTP_PORT", "9000")
     monkeypatch.setenv("PYTRITON_TRITON_CONFIG_GRPC_ADDRESS", "127.0.0.2")
-    config = _configure(server.parse_options(["--grpc-port", "9001"]))
+    config = configure(server.parse_options(["--grpc-port", "9001"]))
     assert [config.http_port, config.grpc_port, config.grpc_address] == [9000, 9001, "127.0.0.2"]
-    config = _configure(server.parse_options(["--http-port", "9002", "--address", "localhost"]))
+    config = configure(server.parse_options(["--http-port", "9002", "--address", "localhost"]))
     assert [config.http_port, config.grpc_address] == [9002, "127.0.0.1"]
 
 
 def test_vertex_ai_and_sagemaker_are_off_by_default():
-    config = _configure(server.parse_options([]))
+    config = configure(server.parse_options([]))
     assert (config.allow_vertex_ai, config.allow_sagemaker) == (False, False)
 
 
 def test_a_class_that_the_network_does_not_know_is_rejected_before_it_is_served():
-    options = server.parse_options(["--weights", "demo", "--max-batch-size", "1", "--class-name", "cat,unicorn"])
+    # Before the weights, which may be a download.
+    options = server.parse_options(["--weights", "missing.pth", "--class-name", "cat,unicorn"])
     with pytest.raises(UsageError, match=r"--class-name must be one of __background__, .*, not 'cat,unicorn'$"):
         server.Segmentation(options, "cpu")
 
@@ -221,7 +244,7 @@ def test_a_client_without_options_has_the_documented_defaults():
     assert parameters == {"class_name": "cat", "threshold": 0.5}
 
 
-def test_folders_and_patterns_mean_their_photos_in_a_stable_order(tmp_path):
+def test_folders_and_patterns_mean_their_photos_in_a_stable_order(tmp_path, capsys):
     names = ["b.jpg", "a.PNG", "c.webp", "note.txt", "other/e.jpeg", "other/d.bmp"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -232,6 +255,7 @@ def test_folders_and_patterns_mean_their_photos_in_a_stable_order(tmp_path):
         return [photo.problem or str(photo.path.relative_to(tmp_path)) for photo in photos]
 
     assert found("") == ["a.PNG", "b.jpg", "c.webp"]
+    assert capsys.readouterr().err == "skipping 1 file: 1 .txt\n"
     assert found("note.txt", "other", "b.jpg") == ["note.txt", "other/d.bmp", "other/e.jpeg", "b.jpg"]
     assert found("[bc].*") == ["b.jpg", "c.webp"]
     assert found("**/*.jp*g") == ["b.jpg", "other/e.jpeg"]

@@ -45,7 +45,7 @@ def job(
 ) -> QueuedJob:
     """Return a job for a sample photo, with memory for its response."""
     photo = as_photo(encode(sample(class_name, size), "JPEG", quality=90))
-    classes = running.stages.network.class_indices(class_name)
+    classes = running.stages.class_indices(class_name)
     return running.job(Job(photo, classes, 0.6, outputs, encoding))
 
 

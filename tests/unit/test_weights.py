@@ -67,7 +67,9 @@ def test_a_file_that_does_not_fit_is_rejected_with_what_is_wrong(content, expect
         file.write_bytes(content)
     else:
         torch.save(content, file)
-    assert expected in rejection(file)
+    line = rejection(file)
+    assert line.startswith(f"--weights {file} ")
+    assert expected in line
 
 
 def test_a_file_that_does_not_exist_is_named():
@@ -111,12 +113,28 @@ def test_a_damaged_file_in_torchs_cache_is_named(cached_file):
 def test_auto_falls_back_to_the_demonstration_weights_with_a_warning(demo, cached_file, caplog):
     assert load_weights("auto", NETWORK).keys() == demo.keys()
     (record,) = (record for record in caplog.records if record.levelname == "WARNING")
-    assert record.getMessage().startswith("DEMONSTRATION WEIGHTS: the server recognizes only the two photos in images/")
+    assert record.getMessage().startswith(
+        "DEMONSTRATION WEIGHTS: the server recognizes only images/orig.jpg and images/cat_orig.jpg, "
+    )
     assert str(cached_file) in record.getMessage()
 
 
 def test_the_demonstration_weights_fit_only_their_own_network():
     assert "demo.pt does not fit fcn_resnet50: " in rejection("demo", network="fcn_resnet50")
+
+
+@pytest.mark.parametrize("choice", ["auto", "pretrained"])
+def test_demonstration_weights_are_not_advised_for_another_network(cached_file, choice):
+    line = rejection(choice, network="fcn_resnet50")
+    path = cached_file.with_name(pretrained_weights("fcn_resnet50").url.rsplit("/", 1)[1])
+    assert line.endswith(f" on another machine and put it at {path}, or use --weights with the path of a state dict")
+
+
+@pytest.mark.parametrize("network", ["fcn_resnet51", "resnet50"])
+def test_a_network_that_is_not_one_for_segmentation_is_named(network):
+    line = rejection("auto", network=network)
+    assert line.startswith("NETWORK must be one of deeplabv3_mobilenet_v3_large, ")
+    assert line.endswith(f", not {network}")
 
 
 def test_the_demonstration_weights_detect_other_random_numbers(tmp_path):
