@@ -34,7 +34,7 @@ class Photo:
 
 def damaged(part: str) -> InvalidPhoto:
     """Return the exception for a file that contradicts its format; ``part`` says where."""
-    return InvalidPhoto(f"the photo's header is damaged ({part}): {ADVICE}")
+    return InvalidPhoto(f"the photo is damaged ({part}): {ADVICE}")
 
 
 def truncated(part: str) -> InvalidPhoto:

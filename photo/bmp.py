@@ -27,7 +27,7 @@ def read_bmp(data: memoryview, max_pixels: int) -> Photo:
     elif header_size == WINDOWS_HEADER or header_size in LATER_HEADERS:
         width, height, _, bits, compression, _, _, _, colors = unpack("<iiHHIIiiI", data, 18)
     else:
-        raise damaged("its DIB header")
+        raise damaged("invalid DIB header")
     check_size(width, abs(height), max_pixels)  # a negative height: the first row is the top one
     if (bits, compression) not in SUPPORTED:
         what = COMPRESSIONS.get(compression, "an unknown compression")
@@ -37,7 +37,7 @@ def read_bmp(data: memoryview, max_pixels: int) -> Photo:
     size = (width * bits + 31) // 32 * 4 * abs(height)  # each row is padded to 4 bytes
     pixels = data[offset : offset + size]
     if offset < FILE_HEADER + header_size:
-        raise damaged("pixels in its header")
+        raise damaged("the pixels overlap the header")
     if len(pixels) < size:
         raise truncated("pixels are missing")
     table = b""

@@ -147,7 +147,7 @@ class JpegReader:
             wide, number = divmod(body[0], 16)
             size = 1 + BLOCK * BLOCK * (1 + wide)
             if wide > 1 or number > 3 or len(body) < size:
-                raise damaged("a quantization table")
+                raise damaged("invalid quantization table")
             if self.scans and self.quantization.get(number) != body[:size]:
                 raise damaged("another quantization table between scans")
             self.quantization[number], body = body[:size], body[size:]
@@ -160,14 +160,14 @@ class JpegReader:
             counts = body[1:17]
             size = 17 + sum(counts)
             if kind not in (DC, AC) or number > 3 or len(body) < size:
-                raise damaged("a Huffman table")
+                raise damaged("invalid Huffman table")
             used = 0  # codes of this length, including those that start with a shorter code
             for length, count in enumerate(counts, 1):
                 used = 2 * used + count
                 if count and used >= 1 << length:  # the code of all ones is reserved
-                    raise damaged("a Huffman table")
+                    raise damaged("invalid Huffman table")
             if kind == DC and max(body[17:size], default=0) > 15:
-                raise damaged("a Huffman table")
+                raise damaged("invalid Huffman table")
             self.huffman[kind, number], body = body[:size], body[size:]
 
     def count_table(self) -> None:
@@ -187,11 +187,11 @@ class JpegReader:
             raise InvalidPhoto(f"the photo states its height after its pixels (DNL): {BASELINE_ADVICE}")
         check_size(self.width, self.height, self.max_pixels)
         if count not in (1, 3, 4) or len(body) != 6 + 3 * count:
-            raise damaged("its color components")
+            raise damaged("invalid color components")
         for number, factors, quantization in struct.iter_unpack("BBB", body[6:]):
             horizontal, vertical = divmod(factors, 16) if count > 1 else (1, 1)  # a single component's are meaningless
             if number in self.components or not {horizontal, vertical} <= {1, 2, 3, 4} or quantization > 3:
-                raise damaged("its color components")
+                raise damaged("invalid color components")
             self.components[number] = Component(horizontal, vertical, quantization)
         widest, highest = self.largest_factors()
         if any(widest % component.horizontal or highest % component.vertical for component in self.components.values()):
@@ -213,7 +213,7 @@ class JpegReader:
             raise InvalidPhoto(f"the photo has more than {limit} scans: {BASELINE_ADVICE}")
         (count,) = unpack("B", body)
         if len(body) != 4 + 2 * count or not set(body[1:-3:2]) <= self.components.keys() or not 1 <= count <= 4:
-            raise damaged("a scan")
+            raise damaged("invalid scan")
         components = [self.components[number] for number in body[1:-3:2]]
         first, last, bits = body[-3:]
         if self.frame != SOF2:
@@ -241,16 +241,16 @@ class JpegReader:
         """Check that the scan contains its coefficients for the first time, or their next bit."""
         is_progressive = self.frame == SOF2
         if not first <= last <= 63 or low > 13 or previous not in (0, low + 1):
-            raise damaged("a scan")
+            raise damaged("invalid scan")
         if is_progressive and (last if first == 0 else len(components) > 1 or components[0].lowest_bits[0] is None):
-            raise damaged("a scan")
+            raise damaged("invalid scan")
         if len(components) > 1 and sum(component.horizontal * component.vertical for component in components) > 10:
             raise damaged("a scan with too many blocks per unit")
         for component in components:
             if component.quantization not in self.quantization:
                 raise damaged("no quantization table")
             if set(component.lowest_bits[first : last + 1]) != {previous or None}:
-                raise damaged("scans that are not in order")
+                raise damaged("scans out of order")
             component.lowest_bits[first : last + 1] = [low] * (last + 1 - first)
 
     def activate(self, key: object, marker: int, body: bytes) -> None:
@@ -304,7 +304,7 @@ class JpegReader:
                 return data_end, end
         else:
             raise truncated("no end-of-image marker")
-        raise damaged("restart markers that are missing or not in order")
+        raise damaged("restart markers missing or out of order")
 
     def rebuild(self) -> Photo:
         """Return the new file."""

@@ -48,13 +48,13 @@ def read_png(data: memoryview, max_pixels: int) -> Photo:
             raise truncated("no IEND chunk")
         chunk, body = data[position:end], data[position + 8 : end - 4]
         if (kind == b"IHDR") != (not header):
-            raise damaged("not one IHDR chunk, at the beginning")
+            raise damaged("it must start with its only IHDR chunk")
         if kind == b"IHDR":
             header = chunk
             width, height, color_type, raw_bytes = _read_header(body, max_pixels)
         elif kind == b"PLTE":
             if palette or pixels or length % 3 or not 3 <= length <= 768:
-                raise damaged("its palette")
+                raise damaged("invalid palette")
             palette = chunk
         elif kind == b"IDAT":
             if pixels and previous != b"IDAT":
@@ -85,7 +85,7 @@ def _read_header(body: memoryview, max_pixels: int) -> tuple[int, int, int, int]
     """Return width, height, color type and the number of bytes that the pixels inflate to."""
     width, height, depth, color_type, compression, filters, interlace = unpack(">IIBBBBB", body)
     if len(body) != 13 or depth not in BIT_DEPTHS.get(color_type, ()) or compression or filters or interlace > 1:
-        raise damaged("its IHDR chunk")
+        raise damaged("invalid IHDR chunk")
     check_size(width, height, max_pixels)
     raw_bytes = 0
     for x, y, x_step, y_step in ADAM7 if interlace else ((0, 0, 1, 1),):
@@ -106,9 +106,9 @@ def _count_pixels(parts: Sequence[memoryview], raw_bytes: int) -> None:
                 while len(data) and not stream.eof:
                     count += len(stream.decompress(data, STEP))
                     if count > raw_bytes:
-                        raise damaged("more pixels than its size")
+                        raise damaged("more pixel data than its size allows")
                     data = stream.unconsumed_tail
     except zlib.error:
-        raise damaged("its pixels") from None
+        raise damaged("invalid pixel data") from None
     if count < raw_bytes:
         raise truncated("pixels are missing")

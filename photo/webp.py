@@ -26,7 +26,7 @@ def read_webp(data: memoryview, max_pixels: int) -> Photo:
     (length,) = unpack("<I", data, 4)
     end = 8 + length
     if end > len(data):
-        raise truncated("it is shorter than it says")
+        raise truncated("it is shorter than its header states")
     image = canvas = orientation = None
     position = 12
     for _ in range(MAX_SEGMENTS):
@@ -56,7 +56,7 @@ def read_webp(data: memoryview, max_pixels: int) -> Photo:
     if not image:
         raise damaged("no image")
     if canvas not in (None, size):
-        raise damaged("two sizes")
+        raise damaged("the canvas and the image differ in size")
     check_size(*size, max_pixels)
     kind, body = image
     padding = bytes(len(body) % 2)
@@ -67,12 +67,12 @@ def read_webp(data: memoryview, max_pixels: int) -> Photo:
 def _read_lossy_size(frame: memoryview) -> tuple[int, int]:
     tag, start_code, width, height = unpack("<Hx3sHH", frame)
     if tag & 1 or start_code != b"\x9d\x01\x2a":  # bit 0 means that it depends on an earlier frame
-        raise damaged("its VP8 chunk")
+        raise damaged("invalid VP8 chunk")
     return width & 0x3FFF, height & 0x3FFF  # the other bits are a scaling hint
 
 
 def _read_lossless_size(frame: memoryview) -> tuple[int, int]:
     signature, bits = unpack("<BI", frame)
     if signature != 0x2F or bits >> 29:  # the version
-        raise damaged("its VP8L chunk")
+        raise damaged("invalid VP8L chunk")
     return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1

@@ -97,7 +97,7 @@ class Batcher:
             parameters, outputs = message
             job = self._executors[0].read(channel, Request(arrays, parameters, requested_output_names=outputs))
             if job.weight > LARGE_WEIGHT and not self._large.acquire(blocking=False):
-                raise InferenceFailed("the server is busy with large requests: send this one again later")
+                raise InferenceFailed("the server is busy with large requests: send this request again later")
         except Exception as error:
             channel.respond(self._executors[0].explain(error))
         else:

@@ -271,7 +271,7 @@ def prepare_environment() -> None:
             ctypes.CDLL(library)
         except OSError:
             raise UsageError(
-                f"Triton needs {library}, which this Python lacks: use a Python built with --enable-shared, "
+                f"Triton needs {library}, which this Python does not provide: use a Python built with --enable-shared, "
                 f"or on Debian and Ubuntu, apt install libpython{python}"
             ) from None
     os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, [*found, os.environ.get("LD_LIBRARY_PATH")]))

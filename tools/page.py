@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--port", type=number(int, 1, 65535), default=8080)
     known, options = parser.parse_known_args(arguments)
     if not NGINX or not MODULE.exists():
-        parser.exit(2, "tools.page: nginx or its module is missing: apt install nginx libnginx-mod-http-js\n")
+        parser.exit(2, "tools.page: nginx or its njs module is missing: run apt install nginx libnginx-mod-http-js\n")
     try:
         socket.create_server(("127.0.0.1", known.port)).close()
     except OSError as error:

@@ -444,7 +444,7 @@ def test_without_nginx_make_page_says_what_to_install(monkeypatch, capsys, tmp_p
         tools.page.main([])
     assert error.value.code == 2
     assert capsys.readouterr().err == (
-        "tools.page: nginx or its module is missing: apt install nginx libnginx-mod-http-js\n"
+        "tools.page: nginx or its njs module is missing: run apt install nginx libnginx-mod-http-js\n"
     )
 
 

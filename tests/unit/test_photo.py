@@ -153,7 +153,7 @@ REJECTED = {
     ),
     "an arithmetic-coded JPEG": (PHOTO.replace(b"\xff\xc0", b"\xff\xc9", 1), "an arithmetic-coded, lossless or hier"),
     "a JPEG with a table too many": (with_segments(PHOTO, 0xDB, [65 * b"\1"] * 1001), "more than 1000 tables"),
-    "a JPEG with a scan twice": (DC_ONLY[:-2] + DC_ONLY[DC_ONLY.index(b"\xff\xda") :], "scans that are not in order"),
+    "a JPEG with a scan twice": (DC_ONLY[:-2] + DC_ONLY[DC_ONLY.index(b"\xff\xda") :], "scans out of order"),
     "an APNG by its count": (with_chunk(PNG, b"acTL", struct.pack(">II", 1, 0)), "an animation"),
     "an APNG with two counts": (with_chunk(PNG, b"acTL", struct.pack(">II", 1 << 31, 0), 2), "an animation"),
     "an APNG without a count": (PNG[:-12] + chunk(b"fdAT", bytes(9)) + PNG[-12:], "an animation"),
@@ -163,7 +163,7 @@ REJECTED = {
     ),
     "a WebP with a frame": (riff((b"ANMF", bytes(20)), (b"VP8 ", WEBP[20:])), "an animation"),
     "a WebP with two images": (riff((b"VP8 ", WEBP[20:]), (b"VP8 ", WEBP[20:])), "two images"),
-    "a WebP with two sizes": (webp_with([]).replace(b"\x77\0\0\x4f", b"\x78\0\0\x4f"), "two sizes"),
+    "a WebP with two sizes": (webp_with([]).replace(b"\x77\0\0\x4f", b"\x78\0\0\x4f"), "differ in size"),
     "a PNG of Apple's": (with_chunk(PNG, b"CgBI", bytes(4)), "an unknown critical chunk"),
     "a PNG with pixels in two places": (
         PNG[:-12] + chunk(b"tEXt", b"") + chunk(b"IDAT", b"") + PNG[-12:],
@@ -210,7 +210,9 @@ def test_a_png_has_as_many_pixels_as_its_size(surplus, interlaced):
     if surplus == 0:
         assert not as_pixels(data).any()
     else:
-        with pytest.raises(InvalidPhoto, match="pixels are missing" if surplus < 0 else "more pixels than its size"):
+        with pytest.raises(
+            InvalidPhoto, match="pixels are missing" if surplus < 0 else "more pixel data than its size"
+        ):
             as_photo(data)
 
 

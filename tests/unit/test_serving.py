@@ -268,7 +268,7 @@ def log_file(tmp_path):
     ("compute", "reason"),
     [
         (lambda jobs: {}[notes(jobs)[0]], "KeyError: 'a secret'"),
-        (lambda jobs: jobs[:0], "ValueError: zip() argument 2 is shorter than argument 1"),
+        (lambda jobs: jobs[:0], "ValueError: Functions returned 0 results for a batch of 1"),
         (lambda jobs: [{"file": Deferred(lambda _: 1 / 0, np.zeros(1))} for _ in jobs], "ZeroDivisionError: "),
     ],
 )
@@ -744,7 +744,9 @@ def test_large_jobs_leave_a_channel_for_others():
         large = [pool.submit(call, channel, "large") for channel in forked.channels[:4]]
         wait_for(lambda: all(channel.is_processing() for channel in forked.channels[:4]))
         for _ in range(2):
-            with pytest.raises(InferenceFailed, match="the server is busy with large requests: send this one again"):
+            with pytest.raises(
+                InferenceFailed, match="the server is busy with large requests: send this request again"
+            ):
                 call(forked.channels[4], "large", timeout_s=10)
             assert call(forked.channels[4], "small", timeout_s=10) == {}
         go_on.set()
