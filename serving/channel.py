@@ -51,7 +51,7 @@ class Channel:
 
         The arrays stay valid until the next call. ``message`` is anything that can be pickled.
 
-        Raises ValueError if the request does not fit into the channel, ConnectionError if the worker is gone,
+        Raises ValueError if the request does not fit into the channel, ConnectionError if the worker exited,
         TimeoutError if the worker has not responded on any channel for ``timeout_s`` seconds, and the exception that it
         responds with. A TimeoutError closes the channel: a late response must not become that of the next request.
         """
@@ -66,7 +66,7 @@ class Channel:
             self._wait_for_response(timeout_s)
             self._calling[0] = False
         if self._closed[0]:
-            raise ConnectionError("the worker is gone")
+            raise ConnectionError("the worker exited")
         response = self._response.read()
         if isinstance(response, Exception):
             raise response
@@ -86,7 +86,7 @@ class Channel:
     # For any process.
 
     def close(self) -> None:
-        """Make current and future calls fail because the worker is gone."""
+        """Make current and future calls fail because the worker exited."""
         self._closed[0] = True
         self._response_sent.release()
 
@@ -134,7 +134,7 @@ class _Message:
 
     def write(self, content: object) -> None:
         pickled = pickle.dumps(content)
-        self._pickled[: len(pickled)] = pickled  # raises ValueError if it is too long
+        self._pickled[: len(pickled)] = pickled  # raises ValueError if it is too large
 
     def read(self) -> object:
         return pickle.loads(self._pickled)  # which ignores the bytes after the pickle

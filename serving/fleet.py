@@ -145,7 +145,9 @@ class Fleet:
         except (OSError, OverflowError) as error:
             code = getattr(error, "errno", None)
             if code == errno.ENOSPC:  # semaphores are files there
-                raise UsageError("/dev/shm is full: delete what killed servers left, see docs/production.md") from error
+                raise UsageError(
+                    "/dev/shm is full: delete the leftovers of killed servers; see docs/production.md"
+                ) from error
             if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
                 raise UsageError(f"/dev/shm must be a writable tmpfs, but: {error.strerror}") from error
             size = self._stages.size_option
@@ -237,9 +239,9 @@ class Fleet:
     def _lose_worker(self, device: _Device) -> None:
         for instance in device.instances:
             if instance.channel.is_processing():
-                LOGGER.error("a worker ended while it processed %s", instance.channel.describe_request())
+                LOGGER.error("a worker exited while it processed %s", instance.channel.describe_request())
         if printed := device.printed.read():
-            LOGGER.error('before a worker ended, a library printed "%s"', printed)
+            LOGGER.error('before a worker exited, a library printed "%s"', printed)
         self._lifecycle.fail("stopping: a worker exited")
         for instance in device.instances:
             instance.channel.close()

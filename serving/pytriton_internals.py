@@ -70,7 +70,7 @@ class TritonPythonModel(TritonPythonModel):
         except UnicodeDecodeError:
             raise pb_utils.TritonModelException("InvalidRequest: a parameter is not valid UTF-8") from None
         if len(parameters) > 65_536:  # as JSON; parsing takes many times this memory
-            raise pb_utils.TritonModelException("InvalidRequest: the parameters of the request are too long")
+            raise pb_utils.TritonModelException("InvalidRequest: the parameters of the request are too large")
         for tensor in request.inputs():
             if tensor.as_numpy().size == 0:
                 raise pb_utils.TritonModelException(f"InvalidRequest: the input {tensor.name()} is empty")

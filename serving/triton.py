@@ -207,7 +207,8 @@ def _load_internals() -> ModuleType:
         import serving.pytriton_internals as internals
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f"PyTriton {version('nvidia-pytriton')} does not fit this server ({error}): install requirements.txt"
+            f"this server does not support PyTriton {version('nvidia-pytriton')} ({error}): "
+            "install the packages in requirements.txt"
         ) from error
     return internals
 

@@ -77,8 +77,8 @@ def test_the_output_of_a_library_is_one_line_with_the_request(toy):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_parameters_that_are_too_long_are_rejected(toy, protocol):
-    with pytest.raises(InferenceError, match="the parameters of the request are too long"):
+def test_parameters_that_are_too_large_are_rejected(toy, protocol):
+    with pytest.raises(InferenceError, match="the parameters of the request are too large"):
         toy.connect(protocol).infer(PHOTO, parameters={"note": "x" * (1 << 16)})
 
 
@@ -260,7 +260,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broke
                 server.process.kill()
 
 
-TOLD = "worker is gone|is stopping|refused|closed|UNAVAILABLE|not ready|unknown|reset"
+TOLD = "is stopping|refused|closed|UNAVAILABLE|not ready|unknown|reset"
 
 
 def test_a_killed_worker_ends_the_server(broken):
@@ -272,11 +272,11 @@ def test_a_killed_worker_ends_the_server(broken):
 def test_a_worker_that_exits_in_the_middle_of_a_request_ends_the_server(broken):
     log = broken["exiting worker"].assert_it_ends("stopping: a worker exited")
     # So that an operator can find or block photos that end a worker.
-    assert f"ERROR server: a worker ended while it processed {DESCRIPTION}\n" in log
-    assert 'ERROR server: before a worker ended, a library printed "last words"' in log
+    assert f"ERROR server: a worker exited while it processed {DESCRIPTION}\n" in log
+    assert 'ERROR server: before a worker exited, a library printed "last words"' in log
     assert broken["exiting worker"].clients[0].result() == (
         0,
-        "the server is stopping because its worker is gone: try again later",
+        "the server is stopping because a worker exited: try again later",
     )
 
 
@@ -321,7 +321,7 @@ def test_a_worker_that_hangs_ends_the_server_after_its_timeout(broken):
     for client in broken["hanging worker"].clients:
         succeeded, told = client.result()
         assert succeeded == 0
-        assert re.search("the server took too long and is stopping|is stopping because its worker is gone", told)
+        assert re.search("the server took too long and is stopping|is stopping because a worker exited", told)
     # Not after twice its timeout.
     assert 2.9 < broken["hanging worker"].seconds_until(said) < 5
 

@@ -201,9 +201,9 @@ def test_a_pytriton_that_lacks_something_is_one_line(code, missing, tmp_path):
     done = run_python(script, "--http-port", free_ports(1)[0])
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("patched_toy.py: PyTriton 0.7.0 does not fit this server (")
+    assert line.startswith("patched_toy.py: this server does not support PyTriton 0.7.0 (")
     assert missing in line
-    assert line.endswith("): install requirements.txt")
+    assert line.endswith("): install the packages in requirements.txt")
 
 
 def serving_options(*arguments: object) -> argparse.Namespace:

@@ -150,7 +150,7 @@ def test_a_request_that_takes_longer_than_the_drain_time_does_not_hold_up_the_ex
     # One request had begun, and the other one was waiting.
     told = [str(client.exception()) for client in stopped["short drain"].clients]
     assert all(type(client.exception()) is InferenceError for client in stopped["short drain"].clients)
-    assert "the server is stopping because its worker is gone: try again later" in told
+    assert "the server is stopping because a worker exited: try again later" in told
     assert "took too long and will fail" in log
 
 
