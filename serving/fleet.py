@@ -78,6 +78,7 @@ class Fleet:
         self._lifecycle = lifecycle
         self._devices: list[_Device] = []
         self._watcher: threading.Thread | None = None
+        self._kills = False  # whether it kills the workers, which is not the fault of their requests
         self._watchdogs = contextlib.ExitStack()  # of the frontends
         self.traffic: Traffic | None = None  # once the devices are known
         self.instances: list[Instance] = []
@@ -98,8 +99,9 @@ class Fleet:
     def __exit__(self, *_: object) -> None:
         self._lifecycle.ignore_signals()
         self._watchdogs.close()
+        self._kills = True
         kill_all([child for device in self._devices for child in (*device.frontends, device.worker)])
-        if self._watcher:  # it logs the requests that the workers were processing
+        if self._watcher:
             self._watcher.join()
         tempfile.tempdir = None
         self._temporary.cleanup()
@@ -219,6 +221,7 @@ class Fleet:
 
     def abandon(self) -> None:
         """Make the requests in flight fail, because they have taken too long."""
+        self._kills = True
         for device in self._devices:
             device.worker.process.kill()
 
@@ -237,11 +240,12 @@ class Fleet:
         self._lifecycle.fail(f"stopping: a frontend hung for {self._options.triton_timeout_s:g} s")
 
     def _lose_worker(self, device: _Device) -> None:
-        for instance in device.instances:
-            if instance.channel.is_processing():
-                LOGGER.error("a worker exited while it processed %s", instance.channel.describe_request())
-        if printed := device.printed.read():
-            LOGGER.error('before a worker exited, a library printed "%s"', printed)
+        if not self._kills:
+            for instance in device.instances:
+                if instance.channel.is_processing():
+                    LOGGER.error("a worker exited while it processed %s", instance.channel.describe_request())
+            if printed := device.printed.read():
+                LOGGER.error('before a worker exited, a library printed "%s"', printed)
         self._lifecycle.fail("stopping: a worker exited")
         for instance in device.instances:
             instance.channel.close()

@@ -59,6 +59,7 @@ class Instance:
         except ConnectionError:
             raise InferenceFailed("the server is stopping because a worker exited: try again later") from None
         except TimeoutError:
+            LOGGER.error("a worker hung while it processed %s", self.channel.describe_request())
             self._lifecycle.fail(f"stopping: a worker has responded to no request for {self._timeout_s:g} s")
             raise InferenceFailed("the server took too long and is stopping: try again later") from None
         for name, array in response.items():

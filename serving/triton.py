@@ -185,7 +185,7 @@ def _configure(options: argparse.Namespace) -> TritonConfig:
         "allow_vertex_ai": False,
         "allow_sagemaker": False,
         "exit_timeout_secs": EXIT_TIMEOUT_S,
-        # Triton logs a page for each rejected request, and PyTriton keeps the log in memory.
+        # Triton logs a page for each rejected request.
         "log_file": None if options.verbose else os.devnull,
         "log_verbose": int(options.verbose),
     }

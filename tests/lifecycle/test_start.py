@@ -194,6 +194,7 @@ def test_stages_that_are_wrong_end_the_server_with_one_line(what, tmp_path):
         ("import pytriton.proxy.inference as m; del m.RequestsResponsesConnector", "'RequestsResponsesConnector'"),
         ("import pytriton.proxy.data as m; del m.TensorStoreSerializerDeserializer", "'TensorStoreSerializerDeser"),
         ("import pytriton.proxy.communication as m; del m.get_config_from_handshake_server", "'get_config_from_handsh"),
+        ("from pytriton.server.triton_server import TritonServer; del TritonServer._record_logs", "'_record_logs'"),
     ],
 )
 def test_a_pytriton_that_lacks_something_is_one_line(code, missing, tmp_path):
@@ -530,11 +531,11 @@ def test_a_worker_whose_server_dies_before_the_worker_can_watch_it_ends(tmp_path
         assert psutil.wait_procs(server.family(), timeout=10)[1] == []
 
 
-def test_verbose_shows_the_log_of_triton(servers):
-    # The server writes into the same file, which may tear one of the two lines.
-    assert re.search(
-        r"Started (HTTPService|GRPCInferenceService) at 127\.0\.0\.1", servers["environment"].log.read_text()
-    )
+def test_verbose_shows_the_log_of_triton_between_the_lines_of_the_server(servers):
+    log = servers["environment"].log.read_text()
+    for service in ("HTTPService", "GRPCInferenceService"):
+        assert re.search(rf'^I.* "Started {service} at 127\.0\.0\.1:\d+"$', log, re.MULTILINE)
+    assert not re.search(r".\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", log)
     assert "http_server.cc:" not in servers["two workers"].log.read_text()
 
 
