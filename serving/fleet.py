@@ -86,7 +86,8 @@ class Fleet:
     def __enter__(self) -> "Fleet":
         """Start the processes and wait until the workers are ready. Raises ServerError."""
         # Libraries such as DALI remove their temporary files when a process exits, but workers are killed.
-        self._temporary = tempfile.TemporaryDirectory(prefix="workers_", ignore_cleanup_errors=True)
+        with self._lifecycle.signals_deferred():
+            self._temporary = tempfile.TemporaryDirectory(prefix="workers_", ignore_cleanup_errors=True)
         tempfile.tempdir = self._temporary.name  # also in the processes that are forked
         try:
             self._fork()

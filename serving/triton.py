@@ -83,7 +83,9 @@ class Triton:
 
         Takes the keyword arguments of PyTriton's ``bind``. Raises SystemExit or ServerError; never returns.
         """
-        with create_workspace(model_name) as workspace:
+        with contextlib.ExitStack() as stack:
+            with self._lifecycle.signals_deferred():
+                workspace = stack.enter_context(create_workspace(model_name))
             self._serve_from(Path(workspace), fleet, model_name, **model)
 
     def _serve_from(self, workspace: Path, fleet: Fleet, model_name: str, **model: object) -> None:

@@ -507,6 +507,29 @@ def test_a_signal_right_after_the_fork_of_a_worker_leaves_no_process_behind(tmp_
         assert server.left_behind() == []
 
 
+SIGNAL_AFTER_MKDIR = """
+import os, signal
+mkdir = os.mkdir
+
+def mkdir_and_signal(path, *arguments, **options):
+    mkdir(path, *arguments, **options)
+    if "{prefix}" in str(path):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+os.mkdir = mkdir_and_signal
+"""
+
+
+@pytest.mark.parametrize("prefix", ["workers_", "workspace_"])
+def test_a_signal_right_after_a_folder_is_created_leaves_no_folder_behind(prefix, tmp_path):
+    script = patched_toy(tmp_path, SIGNAL_AFTER_MKDIR.format(prefix=prefix))
+    with start_toy(tmp_path / "log", script=script, environment={"TMPDIR": str(tmp_path)}) as server:
+        assert server.process.wait(timeout=20) == 0
+        assert "ready: " not in server.log.read_text()
+        assert server.left_behind() == []
+        assert list(tmp_path.glob("workers_*")) == []
+
+
 PARENT_DIES_FIRST = """
 import contextlib, ctypes, os, signal, time
 import serving.processes
