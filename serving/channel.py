@@ -66,7 +66,7 @@ class Channel:
             self._wait_for_response(timeout_s)
             self._calling[0] = False
         if self._closed[0]:
-            raise ConnectionError("the worker is gone")
+            raise ConnectionError("the worker exited")
         response = self._response.read()
         if isinstance(response, Exception):
             raise response
@@ -134,7 +134,7 @@ class _Message:
 
     def write(self, content: object) -> None:
         pickled = pickle.dumps(content)
-        self._pickled[: len(pickled)] = pickled  # raises ValueError if it is too long
+        self._pickled[: len(pickled)] = pickled  # raises ValueError if it is too large
 
     def read(self) -> object:
         return pickle.loads(self._pickled)  # which ignores the bytes after the pickle

@@ -88,7 +88,7 @@ class Executor:
         try:
             check_device(self.device)
         except RuntimeError as lost:
-            LOGGER.critical("a worker lost its GPU and exits: %s", str(lost).splitlines()[0])
+            LOGGER.critical("a worker lost its GPU and is exiting: %s", str(lost).splitlines()[0])
             os._exit(1)
         if isinstance(error, RequestError):
             return error

@@ -78,6 +78,7 @@ class Fleet:
         self._lifecycle = lifecycle
         self._devices: list[_Device] = []
         self._watcher: threading.Thread | None = None
+        self._kills = False  # whether it kills the workers, which is not the fault of their requests
         self._watchdogs = contextlib.ExitStack()  # of the frontends
         self.traffic: Traffic | None = None  # once the devices are known
         self.instances: list[Instance] = []
@@ -85,7 +86,8 @@ class Fleet:
     def __enter__(self) -> "Fleet":
         """Start the processes and wait until the workers are ready. Raises ServerError."""
         # Libraries such as DALI remove their temporary files when a process exits, but workers are killed.
-        self._temporary = tempfile.TemporaryDirectory(prefix="workers_", ignore_cleanup_errors=True)
+        with self._lifecycle.signals_deferred():
+            self._temporary = tempfile.TemporaryDirectory(prefix="workers_", ignore_cleanup_errors=True)
         tempfile.tempdir = self._temporary.name  # forked processes inherit it
         try:
             self._fork()
@@ -98,8 +100,9 @@ class Fleet:
     def __exit__(self, *_: object) -> None:
         self._lifecycle.ignore_signals()
         self._watchdogs.close()
+        self._kills = True
         kill_all([child for device in self._devices for child in (*device.frontends, device.worker)])
-        if self._watcher:  # it logs the requests that the workers were processing
+        if self._watcher:
             self._watcher.join()
         tempfile.tempdir = None
         self._temporary.cleanup()
@@ -145,7 +148,9 @@ class Fleet:
         except (OSError, OverflowError) as error:
             code = getattr(error, "errno", None)
             if code == errno.ENOSPC:  # semaphores are files there
-                raise UsageError("/dev/shm is full: delete what killed servers left, see docs/production.md") from error
+                raise UsageError(
+                    "/dev/shm is full: delete the leftovers of killed servers; see docs/production.md"
+                ) from error
             if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
                 raise UsageError(f"/dev/shm must be a writable tmpfs, but: {error.strerror}") from error
             size = self._stages.size_option
@@ -217,6 +222,7 @@ class Fleet:
 
     def abandon(self) -> None:
         """Make the requests in flight fail, because they have taken too long."""
+        self._kills = True
         for device in self._devices:
             device.worker.process.kill()
 
@@ -235,11 +241,12 @@ class Fleet:
         self._lifecycle.fail(f"stopping: a frontend hung for {self._options.triton_timeout_s:g} s")
 
     def _lose_worker(self, device: _Device) -> None:
-        for instance in device.instances:
-            if instance.channel.is_processing():
-                LOGGER.error("a worker ended while it processed %s", instance.channel.describe_request())
-        if printed := device.printed.read():
-            LOGGER.error('before a worker ended, a library printed "%s"', printed)
+        if not self._kills:
+            for instance in device.instances:
+                if instance.channel.is_processing():
+                    LOGGER.error("a worker exited while it processed %s", instance.channel.describe_request())
+            if printed := device.printed.read():
+                LOGGER.error('before a worker exited, a library printed "%s"', printed)
         self._lifecycle.fail("stopping: a worker exited")
         for instance in device.instances:
             instance.channel.close()

@@ -55,10 +55,11 @@ class Instance:
             message = request.parameters or {}, request.requested_output_names
             response = self.channel.call(arrays, message, self._timeout_s)
         except ValueError:
-            raise InvalidRequest("the inputs or parameters of the request are too long") from None
+            raise InvalidRequest("the inputs or parameters of the request are too large") from None
         except ConnectionError:
-            raise InferenceFailed("the server is stopping because its worker is gone: try again later") from None
+            raise InferenceFailed("the server is stopping because a worker exited: try again later") from None
         except TimeoutError:
+            LOGGER.error("a worker hung while it processed %s", self.channel.describe_request())
             self._lifecycle.fail(f"stopping: a worker has responded to no request for {self._timeout_s:g} s")
             raise InferenceFailed("the server took too long and is stopping: try again later") from None
         for name, array in response.items():

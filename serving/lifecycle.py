@@ -57,7 +57,7 @@ class Lifecycle:
         if isinstance(error, ServerError):
             if self._told_to_stop:  # as was Triton, which may have ended first
                 sys.exit(0)
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")  # print() may write the end of the line later
             sys.exit(error.exit_status)
 
     def _on_signal(self, signal_number: int, _frame: object) -> None:
@@ -114,6 +114,6 @@ class Lifecycle:
             if traffic.in_flight == 0 and time.monotonic() > max(traffic.last_done, began) + QUIET_S:
                 return
             time.sleep(0.05)
-        if traffic.in_flight:
-            LOGGER.warning("stopping: requests in flight took too long and will fail")
+        if count := traffic.in_flight:
+            LOGGER.warning("stopping: requests in flight that took too long and will fail: %d", count)
             abandon()

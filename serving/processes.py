@@ -82,7 +82,11 @@ def _prctl(*arguments: object) -> None:
 
 
 def survive_server() -> None:
-    """Let this child outlive the server. It has to notice the server's end with :func:`os.getppid`, and exit."""
+    """Let this child outlive the server, even if the whole process group is killed.
+
+    It has to notice the server's end with :func:`os.getppid`, and exit.
+    """
+    os.setsid()
     _prctl(PR_SET_PDEATHSIG, 0)
 
 

@@ -8,6 +8,7 @@ instance's socket, and an InferenceHandler that calls the instance.
 """
 
 import base64
+import contextlib
 import threading
 from collections.abc import Mapping
 from multiprocessing import resource_tracker
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytriton.triton
+import sh
 from pytriton.model_config.triton_model_config import TritonModelConfig
 from pytriton.models.manager import ModelManager
 from pytriton.models.model import Model
@@ -23,13 +25,18 @@ from pytriton.proxy.data import TensorStoreSerializerDeserializer
 from pytriton.proxy.inference import InferenceHandler, RequestsResponsesConnector
 from pytriton.proxy.types import Request
 from pytriton.proxy.validators import TritonResultsValidator
+from pytriton.server.triton_server import TritonServer
 from pytriton.triton import Triton
 
 from serving.instance import Instance
 
-# The attributes that FrontendModel overrides or calls. The import of this file fails if one is missing.
+# The attributes that the classes below override or call. The import of this file fails if one is missing.
 _ = (
     pytriton.triton.Model,
+    pytriton.triton.TritonServer,
+    TritonServer.start,
+    TritonServer._record_logs,
+    sh.Command._call_args,
     Model.setup,
     Model.is_alive,
     Model.clean,
@@ -70,7 +77,7 @@ class TritonPythonModel(TritonPythonModel):
         except UnicodeDecodeError:
             raise pb_utils.TritonModelException("InvalidRequest: a parameter is not valid UTF-8") from None
         if len(parameters) > 65_536:  # as JSON; parsing takes many times this memory
-            raise pb_utils.TritonModelException("InvalidRequest: the parameters of the request are too long")
+            raise pb_utils.TritonModelException("InvalidRequest: the parameters of the request are too large")
         for tensor in request.inputs():
             if tensor.as_numpy().size == 0:
                 raise pb_utils.TritonModelException(f"InvalidRequest: the input {tensor.name()} is empty")
@@ -109,9 +116,30 @@ class FrontendModel(Model):
         TritonResultsValidator(self.triton_config, strict=True).validate_responses([request], [response])
 
 
+class TritonProcess(TritonServer):
+    """PyTriton's process of Triton, in a session of its own."""
+
+    _output = b""  # since the last line
+
+    def start(self) -> None:
+        """Start Triton. Ctrl-C in a terminal does not reach it, so that requests in flight can finish."""
+        sh.Command._call_args["new_session"] = True  # PyTriton does not pass this argument
+        super().start()
+
+    def _record_logs(self, line: bytes | str) -> None:
+        """Print whole lines. PyTriton would print single characters, and keep them in memory."""
+        output = self._output + (line if isinstance(line, bytes) else line.encode())
+        lines, end, self._output = output.rpartition(b"\n")
+        if end:
+            with contextlib.suppress(OSError):  # raised here, it would end the thread that reads Triton's output
+                print(lines.decode(errors="replace") + "\n", end="", flush=True)
+
+
 def bind(triton: Triton, **model: object) -> FrontendModel:
     """Call ``triton.bind`` with these arguments, and return the model that it creates."""
-    pytriton.triton.Model = FrontendModel  # bind() has no argument for it
+    # PyTriton has no arguments for these.
+    pytriton.triton.Model = FrontendModel
+    pytriton.triton.TritonServer = TritonProcess
     triton.bind(**model)
     (bound,) = triton._model_manager.models
     return bound

@@ -83,7 +83,9 @@ class Triton:
 
         Takes the keyword arguments of PyTriton's ``bind``. Raises SystemExit or ServerError; never returns.
         """
-        with create_workspace(model_name) as workspace:
+        with contextlib.ExitStack() as stack:
+            with self._lifecycle.signals_deferred():
+                workspace = stack.enter_context(create_workspace(model_name))
             self._serve_from(Path(workspace), fleet, model_name, **model)
 
     def _serve_from(self, workspace: Path, fleet: Fleet, model_name: str, **model: object) -> None:
@@ -185,7 +187,7 @@ def configure(options: argparse.Namespace) -> TritonConfig:
         "allow_vertex_ai": False,
         "allow_sagemaker": False,
         "exit_timeout_secs": EXIT_TIMEOUT_S,
-        # Triton logs a page for each rejected request, and PyTriton keeps the log in memory.
+        # Triton logs a page for each rejected request.
         "log_file": None if options.verbose else os.devnull,
         "log_verbose": int(options.verbose),
     }
@@ -207,7 +209,8 @@ def _load_internals() -> ModuleType:
         import serving.pytriton_internals as internals
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f"PyTriton {version('nvidia-pytriton')} does not fit this server ({error}): install requirements.txt"
+            f"this server does not support PyTriton {version('nvidia-pytriton')} ({error}): "
+            "install the packages in requirements.txt"
         ) from error
     return internals
 

@@ -199,6 +199,7 @@ def test_stages_that_are_wrong_end_the_server_with_one_line(what, tmp_path):
         ("import pytriton.proxy.inference as m; del m.RequestsResponsesConnector", "'RequestsResponsesConnector'"),
         ("import pytriton.proxy.data as m; del m.TensorStoreSerializerDeserializer", "'TensorStoreSerializerDeser"),
         ("import pytriton.proxy.communication as m; del m.get_config_from_handshake_server", "'get_config_from_handsh"),
+        ("from pytriton.server.triton_server import TritonServer; del TritonServer._record_logs", "'_record_logs'"),
     ],
 )
 def test_a_pytriton_that_lacks_something_is_one_line(code, missing, tmp_path):
@@ -206,9 +207,9 @@ def test_a_pytriton_that_lacks_something_is_one_line(code, missing, tmp_path):
     done = run_python(script, "--http-port", free_ports(1)[0])
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("patched_toy.py: PyTriton 0.7.0 does not fit this server (")
+    assert line.startswith("patched_toy.py: this server does not support PyTriton 0.7.0 (")
     assert missing in line
-    assert line.endswith("): install requirements.txt")
+    assert line.endswith("): install the packages in requirements.txt")
 
 
 def serving_options(*arguments: object) -> argparse.Namespace:
@@ -518,6 +519,29 @@ def test_a_signal_right_after_the_fork_of_a_worker_leaves_no_process_behind(tmp_
         assert server.left_behind() == []
 
 
+SIGNAL_AFTER_MKDIR = """
+import os, signal
+mkdir = os.mkdir
+
+def mkdir_and_signal(path, *arguments, **options):
+    mkdir(path, *arguments, **options)
+    if "{prefix}" in str(path):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+os.mkdir = mkdir_and_signal
+"""
+
+
+@pytest.mark.parametrize("prefix", ["workers_", "workspace_"])
+def test_a_signal_right_after_a_folder_is_created_leaves_no_folder_behind(prefix, tmp_path):
+    script = patched_toy(tmp_path, SIGNAL_AFTER_MKDIR.format(prefix=prefix))
+    with start_toy(tmp_path / "log", script=script, environment={"TMPDIR": str(tmp_path)}) as server:
+        assert server.process.wait(timeout=20) == 0
+        assert "ready: " not in server.log.read_text()
+        assert server.left_behind() == []
+        assert list(tmp_path.glob("workers_*")) == []
+
+
 PARENT_DIES_FIRST = """
 import contextlib, ctypes, os, signal, time
 import serving.processes
@@ -542,11 +566,11 @@ def test_a_worker_whose_server_dies_before_the_worker_can_watch_it_ends(tmp_path
         assert psutil.wait_procs(server.family(), timeout=10)[1] == []
 
 
-def test_verbose_shows_the_log_of_triton(servers):
-    # The server writes into the same file, which may tear one of the two lines.
-    assert re.search(
-        r"Started (HTTPService|GRPCInferenceService) at 127\.0\.0\.1", servers["environment"].log.read_text()
-    )
+def test_verbose_shows_the_log_of_triton_between_the_lines_of_the_server(servers):
+    log = servers["environment"].log.read_text()
+    for service in ("HTTPService", "GRPCInferenceService"):
+        assert re.search(rf'^I.* "Started {service} at 127\.0\.0\.1:\d+"$', log, re.MULTILINE)
+    assert not re.search(r".\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", log)
     assert "http_server.cc:" not in servers["two workers"].log.read_text()
 
 

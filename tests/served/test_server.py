@@ -122,5 +122,5 @@ def test_a_lost_gpu_ends_the_server(tmp_path):
         with pytest.raises(InferenceError):
             server.connect("http").infer(PHOTO, parameters={"threshold": 0.875})
         assert server.process.wait(timeout=60) == 1
-        assert "a worker lost its GPU and exits" in server.log.read_text()
+        assert "a worker lost its GPU and is exiting" in server.log.read_text()
         assert server.left_behind() == []

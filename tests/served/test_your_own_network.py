@@ -215,7 +215,7 @@ def test_a_server_takes_and_returns_any_number_of_strings(servers, protocol):
         ([b"\xff"], "the texts must be UTF-8"),
         ([b" ", b""], "the texts have no words"),
         ([b"x" * 100_001], "the texts have more than 100000 characters"),
-        ([b"x" * 1_000_000], "the inputs or parameters of the request are too long"),
+        ([b"x" * 1_000_000], "the inputs or parameters of the request are too large"),
     ):
         with pytest.raises(tritonclient.utils.InferenceServerException, match=f"InvalidRequest: {reason}"):
             infer(servers["text"], protocol, {"texts": np.array(texts, object)})

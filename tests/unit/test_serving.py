@@ -338,7 +338,7 @@ def test_an_instance_rejects_what_it_cannot_send(caplog):
             instance([Request({"image": np.zeros((2, 5), np.uint8)}, {})])
         with pytest.raises(InvalidRequest, match="the request has 1001 bytes, but the limit is 1000"):
             instance([Request({"image": np.zeros((1, 1001), np.uint8)}, {})])
-        with pytest.raises(InvalidRequest, match="the inputs or parameters of the request are too long"):
+        with pytest.raises(InvalidRequest, match="the inputs or parameters of the request are too large"):
             instance([Request({"text": np.array([[b"x" * (1000 + SLACK_BYTES)]], object)}, {})])
         assert caplog.text.count("a request failed: ") == 3
 
