@@ -4,7 +4,7 @@
     python client.py --image-paths a.jpg b.jpg --dump-images
 
 Exit status: 0 if all photos succeeded, 1 if some failed or the report is incomplete, 2 if nothing could be sent, 130
-after Ctrl-C, 141 if the report's reader has exited and there are no files to write. Details: docs/client.md
+after Ctrl-C, 141 if no program reads stdout any longer and there are no files to write. Details: docs/client.md
 """
 
 import argparse

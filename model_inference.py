@@ -22,7 +22,8 @@ from torchvision.models import WeightsEnum, get_model, get_model_weights, list_m
 
 from serving.errors import UsageError
 
-MIN_SPEEDUP = 1.25  # of bf16, for a CPU to use it; CPUs with fast instructions for bf16 reach 1.7 or more, others 1.1
+# A CPU uses bf16 if its speedup exceeds this. It is 1.7 or more with fast instructions for bf16, otherwise 1.1 at most.
+MIN_SPEEDUP = 1.25
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

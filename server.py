@@ -161,7 +161,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Bind the model, and serve it until SIGINT or SIGTERM arrives."""
+    """Bind the model and serve it until a signal ends the server."""
     with Server(Segmentation, parse_options()) as server:
         server.bind(
             model_name=MODEL_NAME,

@@ -49,11 +49,17 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="as for server.py; the stages are measured on the first of several devices",
     )
-    without = "all but those of the proxy, which need nginx"
-    add("--rows", nargs="+", metavar="NAME", choices=NAMES, help=f"rows to measure: {', '.join(NAMES)} ({without})")
-    add("--concurrency", type=number(int, 1), nargs="+", metavar="N", help="photos in flight (1 16 32; CPU: 1 8)")
-    add("--rounds", type=number(int, 1), help="measurements per row (2; CPU: 1)")
-    add("--seconds", type=number(float, 0.1), help="duration of each (1.5; CPU: 3)")
+    rows = "default: all but those of the proxy, which need nginx"
+    add("--rows", nargs="+", metavar="NAME", choices=NAMES, help=f"rows to measure: {', '.join(NAMES)} ({rows})")
+    add(
+        "--concurrency",
+        type=number(int, 1),
+        nargs="+",
+        metavar="N",
+        help="photos in flight (default: 1 16 32, or 1 8 on a CPU)",
+    )
+    add("--rounds", type=number(int, 1), help="measurements per row (default: 2, or 1 on a CPU)")
+    add("--seconds", type=number(float, 0.1), help="seconds of each (default: 1.5, or 3 on a CPU)")
     add("--server", default="server.py --weights demo", help="command of the server, with its options")
     add("--output", type=output_file, default="benchmark.json", help="file for the figures")
     add("--plot", type=picture_file, help="draw the figures into this file; needs matplotlib")

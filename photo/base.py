@@ -32,14 +32,14 @@ class Photo:
     suits_nvjpeg: bool = False  # whether nvJPEG returns the same pixels as other decoders
 
 
-def damaged(part: str) -> InvalidPhoto:
-    """Return the exception for a file that contradicts its format; ``part`` says where."""
-    return InvalidPhoto(f"the photo is damaged ({part}): {ADVICE}")
+def damaged(problem: str) -> InvalidPhoto:
+    """Return the exception for a file that contradicts its format; ``problem`` says how."""
+    return InvalidPhoto(f"the photo is damaged ({problem}): {ADVICE}")
 
 
-def truncated(part: str) -> InvalidPhoto:
-    """Return the exception for a file whose end is missing; ``part`` says which part."""
-    return InvalidPhoto(f"the photo is truncated ({part}): send the whole file")
+def truncated(problem: str) -> InvalidPhoto:
+    """Return the exception for a file of which a part is missing; ``problem`` says which."""
+    return InvalidPhoto(f"the photo is truncated ({problem}): send the whole file")
 
 
 def unpack(layout: str, data: bytes | memoryview, position: int = 0) -> tuple:

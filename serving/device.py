@@ -44,7 +44,8 @@ def resolve_device(choice: str) -> str:
 
     index = torch.device(choice if choice != "auto" else "cuda").index or 0
     if index >= (gpus := _count_gpus()):
-        raise UsageError(f"--device {choice}: torch finds {gpus} GPUs; run nvidia-smi to see the GPUs and the driver")
+        found = f"{gpus} GPU{'s' * (gpus != 1)}"
+        raise UsageError(f"--device {choice}: torch finds {found}; run nvidia-smi to see the GPUs and the driver")
     _wait_without_spinning(index)
     LOGGER.info("device: %s", torch.cuda.get_device_name(index))
     return f"cuda:{index}"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from serving.pytriton_internals import FrontendModel
 
 CONNECT_TIMEOUT_S = 30
-GPUS_PER_TRITON = 2  # with a fast network, more GPUs add little throughput; see docs/production.md
+GPUS_PER_TRITON = 2  # unless the neural network is slow, more GPUs add little throughput; see docs/production.md
 
 LOGGER = logging.getLogger("server")
 

@@ -54,8 +54,8 @@ INSTANCES_ONE_BY_ONE = {"TRITON_PARALLEL_INSTANCE_LOADING": "0"}
 # The token becomes part of an option of Triton, in which other characters have a special meaning.
 TOKEN = re.compile(r"[\w-]{16,}", re.ASCII)
 
-# Triton keeps 16 bytes per chunk of a request on the stack of a thread, and some more per bracket of its JSON. With the
-# usual 8 MB, a few megabytes from a client crash Triton. Unused parts of a stack take up no memory.
+# Triton keeps 16 bytes per chunk of a request on the stack of a thread, and 96 per bracket of its JSON. With the usual
+# 8 MB, 0.1 MB of brackets from a client crash Triton. Unused parts of a stack take up no memory.
 STACK_BYTES = 1 << 30
 
 # Each connection needs one file, and each instance several.

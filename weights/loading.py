@@ -123,7 +123,7 @@ def _check(state_dict: object, source: str, network: str) -> StateDict:
         elif value.shape != shapes[name]:
             problems.append(f"{name} has shape {list(value.shape)} instead of {list(shapes[name])}")
     if problems:
-        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UsageError(f"{source} does not fit {network}: {problems[0]}{more}")
     return {name: value.float() if value.is_floating_point() else value for name, value in state_dict.items()}
 

@@ -47,7 +47,7 @@ def rejection(choice: object, network: str = NETWORK) -> str:
     [
         (b"", "is not a state dict that torch can read"),
         ([1, 2, 3], "contains a list instead of a state dict"),
-        ({}, "is missing (and 667 more problems)"),
+        ({}, "is missing (and 667 more)"),
         (lambda state: state.pop("backbone.conv1.weight"), "backbone.conv1.weight is missing"),
         (lambda state: state.update(extra=torch.ones(1)), "extra is unknown"),
         (lambda state: state.update({"classifier.4.bias": 5}), "classifier.4.bias is not a tensor"),
