@@ -3,13 +3,12 @@
 
 import math
 import shutil
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import PHOTO, PROTOCOLS, encode, running_server, running_toy, sample, with_chunk, with_tmpfs
+from conftest import PHOTO, PROTOCOLS, encode, running_server, running_toy, sample, with_tmpfs, with_wrong_checksum
 from PIL import Image
 
 from client import Connection, InferenceError
@@ -32,7 +31,7 @@ BAD_PHOTOS = [
     encode(PICTURE, "WEBP")[:10_000],
     encode(PICTURE, "BMP")[:50_000],
     encode(PICTURE.quantize(64), "GIF"),
-    with_chunk(PNG, b"zTXt", b"Comment\0\0" + zlib.compress(bytes(200_000_000), 1)),
+    with_wrong_checksum(PNG),
     PROGRESSIVE[:-2] + 1000 * PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2] + b"\xff\xd9",
 ]
 
