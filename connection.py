@@ -111,16 +111,24 @@ class Connection:
         """
         began = time.monotonic()
         announced = port_checked = False
+        # The port may expect TLS, so it gets no key before it has responded in the protocol of the URL.
+        send_key = not self._headers
         while True:
             try:
-                self._request_metadata(min(5.0, max(0.1, began + timeout_s - time.monotonic())))
-                return
+                self._request_metadata(send_key, min(5.0, max(0.1, began + timeout_s - time.monotonic())))
+                if send_key:
+                    return
+                send_key = True
+                continue
             except Exception as error:  # each library has its own exceptions
                 if isinstance(error, ValueError) and not isinstance(error, OSError):
                     raise self._wrong_port() from None  # no JSON: the metrics port responds to any path with nothing
                 failure = self._inference_error(error)
-                if failure.denied:
+                if failure.denied and send_key:
                     raise ClientError(f"{self.url}: {failure}") from None
+                if failure.denied:
+                    send_key = True
+                    continue
                 responded = isinstance(error, InferenceServerException) and error.status() not in NO_RESPONSE
                 state = f"the model {self.model_name} is not ready" if responded else "cannot reach the server"
                 state = f"{state} ({explain(error)}{'' if responded else self._proxy_hint()})"
@@ -138,17 +146,18 @@ class Connection:
                 announced = True
             time.sleep(0.2)
 
-    def _request_metadata(self, timeout_s: float) -> None:
+    def _request_metadata(self, send_key: bool, timeout_s: float) -> None:
         """Return if the model is ready. Raises the exceptions of Triton's clients.
 
         A check for readiness would not do: Triton's port for metrics responds to it with success.
         """
+        headers = self._headers if send_key else {}
         if self._is_grpc:
-            self.client.get_model_metadata(self.model_name, headers=self._headers, client_timeout=timeout_s)
+            self.client.get_model_metadata(self.model_name, headers=headers, client_timeout=timeout_s)
             return
         # The client's own timeouts start again with each byte that arrives.
         with gevent.Timeout(timeout_s, TimeoutError("timed out")), self._new_http_client() as client:
-            client.get_model_metadata(self.model_name, headers=self._headers)
+            client.get_model_metadata(self.model_name, headers=headers)
 
     def _wrong_port(self) -> ClientError:
         protocol = "gRPC" if self._is_grpc else "HTTP"
@@ -200,7 +209,7 @@ class Connection:
         start = b""
         with contextlib.suppress(OSError), socket.create_connection((self._host, self._port), timeout=2) as plain:
             plain.sendall(b"GET /v2/health/live HTTP/1.0\r\n\r\n")
-            start = plain.makefile("rb").read(12)
+            start = plain.recv(12)
         if re.match(rb"HTTP/1\.. (?!400)", start):  # with 400, servers reject HTTP on a port for TLS
             return "http"
         return "grpc" if re.match(rb"\x00\x00.\x04\x00{5}", start, re.DOTALL) else ""  # HTTP/2 begins with its settings

@@ -178,7 +178,7 @@ def running_proxy(server) -> Iterator[SimpleNamespace]:
 
 
 def main() -> None:
-    """Measure, write the figures, print the tables and draw the plot."""
+    """Measure, print the tables, write the figures and draw the plot."""
     options = parse_options()
     from benchmark.report import plot, tables
 
@@ -187,8 +187,8 @@ def main() -> None:
         report = measure_all(options)
     except KeyboardInterrupt:
         sys.exit(130)
+    print(tables(report), flush=True)  # first, in case the disk is full
     options.output.write_text(json.dumps(report, indent=2) + "\n")
-    print(tables(report))
     if "plot" in options:
         plot(report, options.plot)
 

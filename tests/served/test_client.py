@@ -343,6 +343,31 @@ def test_a_server_without_tls_is_recognized_immediately(server, scheme, port_nam
     assert str(error.value) == f"{scheme}://{address}: the server does not use TLS: set --url {plain_url}"
 
 
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+@pytest.mark.parametrize(
+    "response", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\nThe plain HTTP request was sent to HTTPS port"]
+)
+def test_a_port_that_may_expect_tls_gets_no_key(scheme, response):
+    received = []
+    with socket.create_server(("127.0.0.1", 0)) as with_tls:
+
+        def reject_each() -> None:
+            with contextlib.suppress(OSError):  # until the test ends
+                while True:
+                    connection, _ = with_tls.accept()
+                    with connection:
+                        received.append(connection.recv(1 << 16))
+                        connection.sendall(response)
+
+        threading.Thread(target=reject_each, daemon=True).start()
+        connection = client.Connection(f"{scheme}://127.0.0.1:{with_tls.getsockname()[1]}", api_key="a-secret-key")
+        with pytest.raises(client.ClientError):
+            connection.wait_for_model(timeout_s=2)
+        with_tls.shutdown(socket.SHUT_RDWR)
+    assert received
+    assert not any(b"a-secret-key" in request for request in received)
+
+
 def test_a_port_that_ends_each_handshake_may_be_that_of_a_proxy_with_tls_that_restarts():
     with socket.create_server(("127.0.0.1", 0)) as restarting:
 
