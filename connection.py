@@ -124,9 +124,9 @@ class Connection:
                 if isinstance(error, ValueError) and not isinstance(error, OSError):
                     raise self._wrong_port() from None  # no JSON: the metrics port responds to any path with nothing
                 failure = self._inference_error(error)
-                if failure.denied and send_key:
-                    raise ClientError(f"{self.url}: {failure}") from None
                 if failure.denied:
+                    if send_key:
+                        raise ClientError(f"{self.url}: {failure}") from None
                     send_key = True
                     continue
                 responded = isinstance(error, InferenceServerException) and error.status() not in NO_RESPONSE

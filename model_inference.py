@@ -148,9 +148,10 @@ class SegmentationNetwork:
         if device.type == "cuda" and precision != "fp32":
             # Not in fp32: one of cuDNN's kernels turned NaN into 0 (H200), which would hide a wrong result.
             module = fuse_relu(module)
-        self._module = module.to(device, PRECISIONS[precision], memory_format=torch.channels_last)
+        module = module.to(device, PRECISIONS[precision], memory_format=torch.channels_last)
         if device.type == "cpu" and precision == "bf16" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            pack_convolutions(self._module)
+            module = pack_convolutions(module)
+        self._module = module
         self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.cuda.CUDAGraph]] = {}
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

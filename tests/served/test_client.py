@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -343,49 +344,46 @@ def test_a_server_without_tls_is_recognized_immediately(server, scheme, port_nam
     assert str(error.value) == f"{scheme}://{address}: the server does not use TLS: set --url {plain_url}"
 
 
+@contextlib.contextmanager
+def closing_port(response: bytes) -> Iterator[tuple[int, list[bytes]]]:
+    """Yield a port that responds to anything with these bytes and closes the connection, and what it has received."""
+    received: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def close_each() -> None:
+            with contextlib.suppress(OSError):  # until the test ends
+                while True:
+                    connection, _ = listening.accept()
+                    with connection, contextlib.suppress(ConnectionError):
+                        received.append(connection.recv(1 << 16))
+                        connection.sendall(response)
+
+        threading.Thread(target=close_each, daemon=True).start()
+        yield listening.getsockname()[1], received
+        listening.shutdown(socket.SHUT_RDWR)
+
+
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
 @pytest.mark.parametrize(
     "response", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\nThe plain HTTP request was sent to HTTPS port"]
 )
 def test_a_port_that_may_expect_tls_gets_no_key(scheme, response):
-    received = []
-    with socket.create_server(("127.0.0.1", 0)) as with_tls:
-
-        def reject_each() -> None:
-            with contextlib.suppress(OSError):  # until the test ends
-                while True:
-                    connection, _ = with_tls.accept()
-                    with connection:
-                        received.append(connection.recv(1 << 16))
-                        connection.sendall(response)
-
-        threading.Thread(target=reject_each, daemon=True).start()
-        connection = client.Connection(f"{scheme}://127.0.0.1:{with_tls.getsockname()[1]}", api_key="a-secret-key")
+    with closing_port(response) as (port, received):
+        connection = client.Connection(f"{scheme}://127.0.0.1:{port}", api_key="a-secret-key")
         with pytest.raises(client.ClientError):
             connection.wait_for_model(timeout_s=2)
-        with_tls.shutdown(socket.SHUT_RDWR)
     assert received
     assert not any(b"a-secret-key" in request for request in received)
 
 
 def test_a_port_that_ends_each_handshake_may_be_that_of_a_proxy_with_tls_that_restarts():
-    with socket.create_server(("127.0.0.1", 0)) as restarting:
-
-        def close_each() -> None:
-            with contextlib.suppress(OSError):  # until the test ends
-                while True:
-                    connection, _ = restarting.accept()
-                    with connection:
-                        connection.recv(1 << 16)
-
-        threading.Thread(target=close_each, daemon=True).start()
-        connection = client.Connection(f"https://127.0.0.1:{restarting.getsockname()[1]}")
+    with closing_port(b"") as (port, _):
+        connection = client.Connection(f"https://127.0.0.1:{port}")
         with pytest.raises(client.ClientError, match=r": cannot reach the server \(.*\), even after 1 s\. "):
             connection.wait_for_model(timeout_s=1)
         with pytest.raises(client.InferenceError, match="EOF") as error:
             connection.infer(b"photo")
         assert error.value.transient
-        restarting.shutdown(socket.SHUT_RDWR)
 
 
 def test_it_waits_until_the_server_listens_and_the_model_is_ready(caplog):
