@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-import numpy as np
 import pytriton.triton
 import sh
 from pytriton.model_config.triton_model_config import TritonModelConfig
@@ -23,7 +22,6 @@ from pytriton.models.model import Model
 from pytriton.proxy.communication import get_config_from_handshake_server
 from pytriton.proxy.data import TensorStoreSerializerDeserializer
 from pytriton.proxy.inference import InferenceHandler, RequestsResponsesConnector
-from pytriton.proxy.types import Request
 from pytriton.proxy.validators import TritonResultsValidator
 from pytriton.server.triton_server import TritonServer
 from pytriton.triton import Triton
@@ -110,10 +108,6 @@ class FrontendModel(Model):
     def triton_config(self) -> TritonModelConfig:
         """The configuration of the model in Triton."""
         return self._get_triton_model_config()
-
-    def validate(self, request: Request, response: dict[str, np.ndarray]) -> None:
-        """Raise ValueError if a response does not have the outputs with which the model was bound."""
-        TritonResultsValidator(self.triton_config, strict=True).validate_responses([request], [response])
 
 
 class TritonProcess(TritonServer):

@@ -93,13 +93,18 @@ def test_a_worker_that_does_not_start_ends_the_server_with_one_line(arguments, s
 
 # Errors of a user's class, as code that replaces a part of the toy's.
 WRONG_STAGES = {
-    "limits that raise": (
-        "Inversion.limits = classmethod(lambda cls, options: 1 / 0)",
-        "the limits of Inversion failed: division by zero; --verbose shows where",
+    "limits that are no whole numbers": (
+        "Inversion.limits = classmethod(lambda cls, options: (1e6, 1e6))",
+        "the limits of Inversion failed: 'float' object cannot be interpreted as an integer; --verbose shows where",
     ),
-    "limits that are missing": (
-        "Inversion.limits = classmethod(lambda cls, options: None)",
-        "the limits of Inversion failed: cannot unpack non-iterable NoneType object; --verbose shows where",
+    "an example that is no request": (
+        "Inversion.example = classmethod(lambda cls, options: {'image': blank_photo(options.max_pixels)})\n"
+        "Inversion.read = lambda *_: (np.zeros((1, 1, 3), np.uint8), {}, ['mean'])",
+        "the example of Inversion failed: 'dict' object has no attribute 'data'; --verbose shows where",
+    ),
+    "a weight that is no number": (
+        "Inversion.weigh = lambda *_: None",
+        "a worker failed to start: float() argument must be a string or a real number, not 'NoneType'; --verbose",
     ),
     "an example that is rejected": (
         "Inversion.example = classmethod(lambda cls, options: Request({'image': np.zeros(9, np.uint8)}, {}))",
@@ -125,29 +130,9 @@ WRONG_STAGES = {
         "Inversion.limits = classmethod(lambda cls, options: (10_000_000, 10))",
         "a worker failed to start: the response exceeds the limit of ",
     ),
-    "an output that was not bound": (
-        "Inversion.__call__ = lambda self, jobs: [{'other': np.zeros(3)}] * len(jobs)",
-        "the example of Inversion failed: Returned output `other` is not defined in model config for model `Toy`.",
-    ),
     "an output of another type": (
         "Inversion.__call__ = lambda self, jobs: [{'mean': np.zeros(3, np.float32)}] * len(jobs)",
-        "the example of Inversion failed: Returned output `mean` for model `Toy` has invalid type. Returned: float32",
-    ),
-    "strings instead of numbers": (
-        "Inversion.__call__ = lambda self, jobs: [{'mean': np.array(['a', 'b', 'c'])}] * len(jobs)",
-        "the example of Inversion failed: Returned output `mean` for model `Toy` has invalid type. Returned: object",
-    ),
-    "no strings": (
-        "Inversion.__call__ = lambda self, jobs: [{'mean': np.empty(0, object)}] * len(jobs)",
-        "the example of Inversion failed: the output mean is empty, which PyTriton cannot return",
-    ),
-    "an output of another shape": (
-        "Inversion.__call__ = lambda self, jobs: [{'mean': np.zeros(4)}] * len(jobs)",
-        "the example of Inversion failed: Returned output `mean` for model `Toy` has invalid shapes at one or more",
-    ),
-    "an output of more dimensions": (
-        "Inversion.__call__ = lambda self, jobs: [{'mean': np.zeros((1, 3))}] * len(jobs)",
-        "the example of Inversion failed: Returned output `mean` for model `Toy` has invalid shapes.",
+        "the example of Inversion failed: the output mean is declared as float64 [3], but is float32 [3]; --verbose",
     ),
     "an exception without a message": (
         "def raise_it(*_): raise AssertionError\nInversion.__init__ = raise_it",
@@ -173,6 +158,7 @@ WRONG_STAGES = {
 REPLACE = """
 import numpy as np
 from pathlib import Path
+from photo import blank_photo
 from pytriton.proxy.types import Request
 from serving import Checked
 from toy_server import Inversion
