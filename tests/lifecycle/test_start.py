@@ -19,6 +19,7 @@ import psutil
 import pytest
 from conftest import (
     PHOTO,
+    PROTOCOLS,
     ROOT,
     TOY_SERVER,
     Server,
@@ -216,6 +217,33 @@ def test_a_port_in_use_is_named_with_its_option(flag):
     assert str(error.value) == (
         f"cannot listen on 127.0.0.1:{port} (Address already in use): choose another {flag} or --address"
     )
+
+
+TAKE_PORTS_LATER = """
+import serving.triton
+check = serving.triton._check_ports
+
+def pass_once(_config):
+    serving.triton._check_ports = check
+
+serving.triton._check_ports = pass_once
+sys.argv += {arguments}
+"""
+
+
+def test_of_two_servers_that_start_together_one_names_the_port_and_the_other_one_serves(servers, tmp_path):
+    first = servers["environment"]
+    ports = ["--http-port", str(first.http_port), "--grpc-port", str(first.grpc_port)]
+    script = patched_toy(tmp_path, TAKE_PORTS_LATER.format(arguments=ports))
+    with start_toy(tmp_path / "log", script=script, environment={"TRITON_ACCESS_TOKEN": TOKEN}) as second:
+        assert second.process.wait(timeout=30) == 2
+        assert second.log.read_text().splitlines()[-1] == (
+            f"patched_toy.py: cannot listen on 127.0.0.1:{first.http_port} (Address already in use): "
+            "choose another --http-port or --address"
+        )
+        assert second.left_behind() == []
+    for protocol in PROTOCOLS:
+        assert (first.connect(protocol).infer(PHOTO)["inverted"][0] == 255 - decode(PHOTO)).all()
 
 
 def test_an_address_of_another_machine_is_named():
