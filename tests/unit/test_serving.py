@@ -31,7 +31,7 @@ from serving.lifecycle import FAILURE, Lifecycle
 from serving.memory import ResponseMemory, fit_shared_memory
 from serving.options import count_frontends
 from serving.printed import Printed
-from serving.processes import FORK
+from serving.processes import FORK, Child, kill_all
 from serving.shared import share_bytes
 from serving.stages import Checked, Deferred, Stages
 from serving.traffic import Traffic
@@ -546,6 +546,23 @@ def test_requests_that_take_too_long_are_abandoned_and_those_of_a_lost_process_a
         client.process.join()
     traffic.forget(range(2))
     assert drain(Lifecycle(drain_s=20), traffic)[0] < 4
+
+
+def test_ctrl_z_suspends_neither_workers_nor_frontends():
+    def echo(pipe) -> None:
+        while True:
+            pipe.send(pipe.recv())
+
+    child = Child("worker", echo)
+    try:
+        os.setpgid(child.process.pid, child.process.pid)  # as a shell does: the kernel suspends no orphaned group
+        for number in range(2):
+            child.send(number)
+            assert child.pipe.poll(10)
+            assert child.receive() == number
+            os.killpg(child.process.pid, signal.SIGTSTP)
+    finally:
+        kill_all([child])
 
 
 @pytest.fixture
