@@ -11,7 +11,7 @@ from pytriton.proxy.types import Request
 from serving.channel import Channel
 from serving.errors import InferenceFailed, InvalidRequest, RequestError
 from serving.lifecycle import Lifecycle
-from serving.traffic import Traffic
+from serving.traffic import STOPPING, Traffic
 
 STRINGS = "OS"  # the kinds of numpy's dtypes for them
 
@@ -61,7 +61,7 @@ class Instance:
         except ValueError:
             raise InvalidRequest("the inputs or parameters of the request are too large") from None
         except ConnectionError:
-            raise InferenceFailed("the server is stopping because a worker exited: try again later") from None
+            raise InferenceFailed(STOPPING) from None
         except TimeoutError:
             LOGGER.error("a worker hung while it processed %s", self.channel.describe_request())
             self._lifecycle.fail(f"stopping: a worker has responded to no request for {self._timeout_s:g} s")
