@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytriton.proxy.types import Request
@@ -208,11 +209,14 @@ class Fleet:
         except Exception as error:
             raise start_error(f"the example of {self._stages.__name__} failed", error) from error
 
-    def connect(self, model: "FrontendModel", triton: int) -> None:
-        """Make the frontends serve the model in Triton. ``triton`` is the process ID of Triton. Raises ServerError."""
+    def connect(self, model: "FrontendModel", triton: int, folders: Sequence[Path]) -> None:
+        """Make the frontends serve the model in Triton. Raises ServerError.
+
+        If the server is killed, they kill the process with the ID ``triton``, and remove ``folders``.
+        """
         frontends = [process for device in self._devices for process in device.frontends]
         for process in frontends:
-            process.send(Assignment(model.triton_config, process.numbers, triton))
+            process.send(Assignment(model.triton_config, process.numbers, triton, folders))
         for process in frontends:
             if not process.pipe.poll(CONNECT_TIMEOUT_S):
                 raise ServerError(f"a frontend did not start within {CONNECT_TIMEOUT_S} s")

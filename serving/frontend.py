@@ -32,6 +32,7 @@ class Assignment:
     config: TritonModelConfig
     numbers: dict[int, int]  # each instance's number in Triton, by its position in the frontend's list
     triton: int  # the process ID of tritonserver
+    folders: Sequence[Path]  # to remove if the server is killed
 
 
 def run_frontend(pipe: Connection, instances: Sequence[Instance], heartbeat: np.ndarray) -> None:
@@ -56,5 +57,4 @@ def run_frontend(pipe: Connection, instances: Sequence[Instance], heartbeat: np.
     if os.getppid() == server:
         LOGGER.error("a handler of PyTriton ended")
     else:
-        workspace = Path(assignment.config.backend_parameters["workspace-path"]).parent
-        remove_after_server(server, assignment.triton, workspace)
+        remove_after_server(server, assignment.triton, assignment.folders)

@@ -5,7 +5,7 @@ import contextlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -60,13 +60,13 @@ def remove_leftovers(server: int, helpers: Iterable[psutil.Process], folders: It
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_after_server(server: int, triton: int, workspace: Path) -> None:
-    """Kill Triton, whose server was killed, and remove the leftovers of both."""
+def remove_after_server(server: int, triton: int, folders: Sequence[Path]) -> None:
+    """Kill Triton, whose server was killed, and remove the leftovers of both, and ``folders``."""
     tritonservers = []
     with contextlib.suppress(psutil.NoSuchProcess):
         tritonservers.append(psutil.Process(triton))
     helpers = helpers_of(tritonservers)
-    folders = [workspace, *model_folders(helpers)]
+    folders = [*folders, *model_folders(helpers)]
     if tempfile.tempdir:  # set by Fleet before it forked this process
         folders.append(Path(tempfile.tempdir))
     kill_processes(tritonservers)

@@ -58,6 +58,9 @@ TOKEN = re.compile(r"[\w-]{16,}", re.ASCII)
 # 8 MB, 0.1 MB of brackets from a client crash Triton. Unused parts of a stack take up no memory.
 STACK_BYTES = 1 << 30
 
+# Folders that Triton's Python backend creates in /tmp, and removes unless it is killed.
+ENVIRONMENTS = "python_env_*"
+
 # Each connection needs one file, and each instance several.
 MIN_OPEN_FILES = 1024
 
@@ -74,6 +77,7 @@ class Triton:
         self._config = configure(options)
         self._security = _secure(options)
         self._internals = _load_internals()
+        self._environments: set[Path] = set()
         _check_ports(self._config)
         find_folder()
         prepare_environment()
@@ -99,7 +103,7 @@ class Triton:
             self._start(triton)
             if not (tritonservers := _tritonservers()):
                 raise ServerError("Triton exited unexpectedly; --verbose shows its log")
-            fleet.connect(bound, tritonservers[0].pid)
+            fleet.connect(bound, tritonservers[0].pid, [workspace, *self._environments])
             helpers = helpers_of(tritonservers)
             sockets = list((workspace / "triton").glob("*.sock"))
             watched = triton, helpers, sockets
@@ -121,7 +125,7 @@ class Triton:
             self._clean_up(triton, helpers)
 
     def _start(self, triton: pytriton.triton.Triton) -> None:
-        environments = set(Path("/tmp").glob("python_env_*"))
+        environments = set(Path("/tmp").glob(ENVIRONMENTS))
         started = threading.Event()
         threading.Thread(target=_hide_segments, args=(started,), daemon=True).start()
         try:
@@ -133,12 +137,8 @@ class Triton:
             lines = str(error).split("\nAt:\n")[0].strip().splitlines() or [type(error).__name__]
             raise ServerError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
         finally:
-            with self._lifecycle.signals_deferred():
-                started.set()
-                # Triton does not remove this folder, and needs it only for models with their own environment.
-                for folder in set(Path("/tmp").glob("python_env_*")) - environments:
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
+            started.set()
+            self._environments = set(Path("/tmp").glob(ENVIRONMENTS)) - environments
 
     def _watch_helpers(
         self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process], sockets: Sequence[Path]
@@ -164,7 +164,7 @@ class Triton:
     def _clean_up(self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process]) -> None:
         """Stop Triton, and remove its leftovers, even if it was killed or ran out of time."""
         helpers = {*helpers, *helpers_of(_tritonservers())}
-        folders = model_folders(helpers)
+        folders = [*self._environments, *model_folders(helpers)]
         # Triton's exit timeout does not cover all of its waits.
         killer = threading.Timer(2 * EXIT_TIMEOUT_S, kill_processes, args=[_tritonservers()])
         killer.start()

@@ -170,15 +170,17 @@ def test_the_end_of_triton_does_not_hold_up_a_server_that_is_stopping(stopped):
     assert all(type(client.exception()) is InferenceError for client in stopped["killed Triton"].clients)
 
 
-def test_a_clean_stop_leaves_nothing_in_temporary_folders():
+def test_a_clean_stop_leaves_nothing_in_temporary_folders_and_triton_does_not_abort():
     with_tmpfs("/mnt", "1m")  # skips the test if it cannot mount
     skip_if_in_tmp()
     wait = "from client import *; Connection(sys.argv[-1], 'Toy').wait_for_model(30)"
     script = """
         for folder in /tmp /dev/shm; do mount -t tmpfs tmpfs $folder; done; cd /tmp
-        PYTRITON_HOME= HOME=/proc PYTHONPATH=$0 "$@"
+        PYTRITON_HOME= HOME=/proc PYTHONPATH=$0 "$@" >&2
         echo "status $?"; ls -A /tmp /dev/shm"""
-    launch = [sys.executable, "-m", "tools.launch", TOY_SERVER, "--", "-c", wait]
+    launch = [sys.executable, "-m", "tools.launch", TOY_SERVER, "--verbose", "--", "-c", wait]
     command = ["unshare", "-rm", "sh", "-c", script, ROOT, *launch]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["status", "0", "/dev/shm:", "/tmp:"], done.stderr
+    assert "All models are stopped, unloading models" in done.stderr
+    assert "terminate called" not in done.stderr
