@@ -57,7 +57,7 @@ class Executor:
     def read(self, channel: Channel, request: Request) -> Job:
         """Return the job of a request. Raises the exceptions of :meth:`Stages.read`."""
         content = self.stages.read(request)
-        return Job(channel, content, self.stages.weigh(content))
+        return Job(channel, content, float(self.stages.weigh(content)))
 
     def compute(self, jobs: Sequence[Job]) -> list[StoredResponse | Exception]:
         """Return the response of each job, in the memory of its channel, or its error. Raises what the stages raise."""

@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import errno
 import logging
+import operator
 import shutil
 import tempfile
 import threading
@@ -19,7 +20,7 @@ from pytriton.proxy.types import Request
 
 from serving.channel import Channel, open_channels
 from serving.device import list_devices
-from serving.errors import RequestError, ServerError, UsageError, start_error
+from serving.errors import ServerError, UsageError, start_error
 from serving.frontend import Assignment, run_frontend
 from serving.instance import Instance
 from serving.lifecycle import Lifecycle
@@ -139,7 +140,7 @@ class Fleet:
 
     def _open_channels(self, count: int) -> list[Channel]:
         try:
-            request_bytes, response_bytes = self._stages.limits(self._options)
+            request_bytes, response_bytes = map(operator.index, self._stages.limits(self._options))
         except ServerError:
             raise
         except Exception as error:
@@ -198,15 +199,15 @@ class Fleet:
 
     def check_example(self, model: "FrontendModel") -> None:
         """Send the example of the stages to each worker, as Triton will. Raises ServerError if it fails."""
-        example = self._stages.example(self._options)
-        inputs = {name: array[None] for name, array in example.data.items()}
-        request = Request(inputs, example.parameters, requested_output_names=example.requested_output_names)
-        for device in self._devices:
-            try:
-                (response,) = device.instances[0]([request])
-                model.validate(request, response)
-            except (RequestError, ValueError) as error:
-                raise ServerError(f"the example of {self._stages.__name__} failed: {error}") from error
+        try:
+            example = self._stages.example(self._options)
+            inputs = {name: array[None] for name, array in example.data.items()}
+            request = Request(inputs, example.parameters, requested_output_names=example.requested_output_names)
+            for device in self._devices:
+                device.instances[0].outputs = model.triton_config.outputs
+                device.instances[0]([request])
+        except Exception as error:
+            raise start_error(f"the example of {self._stages.__name__} failed", error) from error
 
     def connect(self, model: "FrontendModel", triton: int, folders: Sequence[Path]) -> None:
         """Make the frontends serve the model in Triton. Raises ServerError.

@@ -2,15 +2,18 @@
 """The callable that is bound to PyTriton: sends a request to a worker process, and waits for the response."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from pytriton.model_config.triton_model_config import TensorSpec
 from pytriton.proxy.types import Request
 
 from serving.channel import Channel
 from serving.errors import InferenceFailed, InvalidRequest, RequestError
 from serving.lifecycle import Lifecycle
-from serving.traffic import Traffic
+from serving.traffic import STOPPING, Traffic
+
+STRINGS = "OS"  # the kinds of numpy's dtypes for them
 
 LOGGER = logging.getLogger("server")
 
@@ -22,6 +25,7 @@ class Instance:
         """``channel`` is for this instance only. The server stops if a worker is silent for ``timeout_s`` seconds."""
         self.number = number
         self.channel = channel
+        self.outputs: Sequence[TensorSpec] = ()  # of the model, once it is bound
         self._timeout_s = timeout_s
         self._traffic = traffic
         self._lifecycle = lifecycle
@@ -57,12 +61,41 @@ class Instance:
         except ValueError:
             raise InvalidRequest("the inputs or parameters of the request are too large") from None
         except ConnectionError:
-            raise InferenceFailed("the server is stopping because a worker exited: try again later") from None
+            raise InferenceFailed(STOPPING) from None
         except TimeoutError:
             LOGGER.error("a worker hung while it processed %s", self.channel.describe_request())
             self._lifecycle.fail(f"stopping: a worker has responded to no request for {self._timeout_s:g} s")
             raise InferenceFailed("the server took too long and is stopping: try again later") from None
-        for name, array in response.items():
-            if array.size == 0:  # PyTriton's error would be unclear, and is not logged
-                raise InferenceFailed(f"the output {name} is empty, which PyTriton cannot return")
+        check_outputs(self.outputs, request.requested_output_names or (), response)
         return response
+
+
+def check_outputs(outputs: Sequence[TensorSpec], requested: Sequence[str], response: Mapping[str, np.ndarray]) -> None:
+    """Raise InferenceFailed if a response, without a batch dimension, is not as the model's outputs are declared.
+
+    PyTriton's stub process would otherwise drop an output, or hang forever because it cannot convert one.
+    """
+    declared = {output.name: output for output in outputs}
+    for name, array in response.items():
+        if name not in declared:
+            raise InferenceFailed(f"the output {name} is not declared")
+        dtype, shape = np.dtype(declared[name].dtype), declared[name].shape
+        is_type = array.dtype == dtype or (array.dtype.kind in STRINGS and dtype.kind in STRINGS)
+        is_rank = array.ndim == len(shape)
+        if not (is_type and is_rank and all(map(_is_size, shape, array.shape))):
+            found = _describe(array.dtype, array.shape)
+            raise InferenceFailed(f"the output {name} is declared as {_describe(dtype, shape)}, but is {found}")
+        if array.size == 0:
+            raise InferenceFailed(f"the output {name} is empty, which PyTriton cannot return")
+    # Triton lists all outputs for a request that names none. The stages may then choose some.
+    missing = [name for name in requested if name not in response]
+    if missing and (not response or len(requested) < len(outputs)):
+        raise InferenceFailed(f"the output {missing[0]} is missing")
+
+
+def _is_size(declared: int, size: int) -> bool:
+    return declared in (-1, size)
+
+
+def _describe(dtype: np.dtype, shape: Sequence[int]) -> str:
+    return f"{'strings' if dtype.kind in STRINGS else dtype} {list(shape)}"

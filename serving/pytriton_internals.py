@@ -10,11 +10,12 @@ instance's socket, and an InferenceHandler that calls the instance.
 import base64
 import contextlib
 import threading
+import time
 from collections.abc import Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-import numpy as np
+import psutil
 import pytriton.triton
 import sh
 from pytriton.model_config.triton_model_config import TritonModelConfig
@@ -23,12 +24,14 @@ from pytriton.models.model import Model
 from pytriton.proxy.communication import get_config_from_handshake_server
 from pytriton.proxy.data import TensorStoreSerializerDeserializer
 from pytriton.proxy.inference import InferenceHandler, RequestsResponsesConnector
-from pytriton.proxy.types import Request
 from pytriton.proxy.validators import TritonResultsValidator
 from pytriton.server.triton_server import TritonServer
 from pytriton.triton import Triton
 
 from serving.instance import Instance
+from serving.options import DEFAULT_PORTS
+
+LISTEN_TIMEOUT_S = 30  # after which PyTriton tries to connect
 
 # The attributes that the classes below override or call. The import of this file fails if one is missing.
 _ = (
@@ -39,9 +42,9 @@ _ = (
     sh.Command._call_args,
     Model.setup,
     Model.is_alive,
-    Model.clean,
     Model.get_proxy_model_files,
     Model._get_triton_model_config,
+    ModelManager.clean,
     ModelManager.models,
 )
 
@@ -97,9 +100,6 @@ class FrontendModel(Model):
         """Return whether the model is loaded. PyTriton calls this each second."""
         return self._loaded
 
-    def clean(self) -> None:
-        """PyTriton calls this when Triton has stopped. The overridden method stops the handlers."""
-
     def get_proxy_model_files(self) -> dict[str, bytes]:
         """Return the files that PyTriton runs in the stub processes."""
         files = super().get_proxy_model_files()
@@ -111,10 +111,6 @@ class FrontendModel(Model):
         """The configuration of the model in Triton."""
         return self._get_triton_model_config()
 
-    def validate(self, request: Request, response: dict[str, np.ndarray]) -> None:
-        """Raise ValueError if a response does not have the outputs with which the model was bound."""
-        TritonResultsValidator(self.triton_config, strict=True).validate_responses([request], [response])
-
 
 class TritonProcess(TritonServer):
     """PyTriton's process of Triton, in a session of its own."""
@@ -122,9 +118,26 @@ class TritonProcess(TritonServer):
     _output = b""  # since the last line
 
     def start(self) -> None:
-        """Start Triton. Ctrl-C in a terminal does not reach it, so that requests in flight can finish."""
+        """Start Triton, and wait until it listens. Raises RuntimeError if it exits.
+
+        Ctrl-C in a terminal does not reach it, so that requests in flight can finish.
+        """
         sh.Command._call_args["new_session"] = True  # PyTriton does not pass this argument
         super().start()
+        # PyTriton would load the model into any Triton at its address, such as that of a server with the same ports.
+        process, deadline = psutil.Process(self._tritonserver_running_cmd.pid), time.monotonic() + LISTEN_TIMEOUT_S
+        while not self._listens(process) and time.monotonic() < deadline:
+            if not self.is_alive():
+                raise RuntimeError("it exited")
+            time.sleep(0.05)
+
+    def _listens(self, process: psutil.Process) -> bool:
+        config = self._server_config
+        ports = {config[f"{name}-port"] for name in DEFAULT_PORTS if config[f"allow-{name}"] in (True, None)}
+        with contextlib.suppress(psutil.Error):
+            connections = process.net_connections("tcp")
+            return ports <= {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
+        return False
 
     def _record_logs(self, line: bytes | str) -> None:
         """Print whole lines. PyTriton would print single characters, and keep them in memory."""
@@ -142,6 +155,8 @@ def bind(triton: Triton, **model: object) -> FrontendModel:
     pytriton.triton.TritonServer = TritonProcess
     triton.bind(**model)
     (bound,) = triton._model_manager.models
+    # It would unload the model from another Triton, if one listens at the address after this one has stopped.
+    triton._model_manager.clean = lambda: None
     return bound
 
 

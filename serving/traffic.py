@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from serving.errors import InferenceFailed
 from serving.shared import share_numbers
 
+STOPPING = "the server is stopping: send the request to another server, or again later"
+
 
 class Traffic:
     """The requests in flight. Create it before the processes are forked."""
@@ -24,7 +26,7 @@ class Traffic:
     def request(self, instance: int) -> Iterator[None]:
         """Count a request as in flight inside the block. Raises InferenceFailed if the server is about to exit."""
         if time.monotonic() > self._closes_at[0]:
-            raise InferenceFailed("the server is stopping: send the request to another server, or again later")
+            raise InferenceFailed(STOPPING)
         self._in_flight[instance] = 1
         try:
             yield

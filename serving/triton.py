@@ -131,6 +131,8 @@ class Triton:
         try:
             triton.run()
         except Exception as error:
+            if not _tritonservers():
+                _check_ports(self._config)  # another program has taken one since the first check
             # The relevant line of an exception in one of Triton's stub processes is in the middle of a traceback.
             lines = str(error).split("\nAt:\n")[0].strip().splitlines() or [type(error).__name__]
             raise ServerError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error

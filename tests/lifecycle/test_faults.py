@@ -32,6 +32,7 @@ from conftest import (
 from tritonclient.utils import InferenceServerException
 
 from client import InferenceError
+from serving.traffic import STOPPING
 from serving.watchdog import TritonProbe, Watchdog
 
 
@@ -278,10 +279,7 @@ def test_a_worker_that_exits_in_the_middle_of_a_request_ends_the_server(broken):
     # So that an operator can find or block photos that end a worker.
     assert f"ERROR server: a worker exited while it processed {DESCRIPTION}\n" in log
     assert 'ERROR server: before a worker exited, a library printed "last words"' in log
-    assert broken["exiting worker"].clients[0].result() == (
-        0,
-        "the server is stopping because a worker exited: try again later",
-    )
+    assert broken["exiting worker"].clients[0].result() == (0, STOPPING)
 
 
 @pytest.mark.parametrize("what", ["killed helper", "killed store"])
@@ -327,7 +325,7 @@ def test_a_worker_that_hangs_ends_the_server_after_its_timeout(broken):
     for client in broken["hanging worker"].clients:
         succeeded, told = client.result()
         assert succeeded == 0
-        assert re.search("the server took too long and is stopping|is stopping because a worker exited", told)
+        assert re.search("the server took too long and is stopping|the server is stopping: ", told)
     # Not after twice its timeout.
     assert 2.9 < broken["hanging worker"].seconds_until(said) < 5
 

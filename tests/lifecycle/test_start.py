@@ -19,6 +19,7 @@ import psutil
 import pytest
 from conftest import (
     PHOTO,
+    PROTOCOLS,
     ROOT,
     TOY_SERVER,
     Server,
@@ -93,13 +94,18 @@ def test_a_worker_that_does_not_start_ends_the_server_with_one_line(arguments, s
 
 # Errors of a user's class, as code that replaces a part of the toy's.
 WRONG_STAGES = {
-    "limits that raise": (
-        "Inversion.limits = classmethod(lambda cls, options: 1 / 0)",
-        "the limits of Inversion failed: division by zero; --verbose shows where",
+    "limits that are no whole numbers": (
+        "Inversion.limits = classmethod(lambda cls, options: (1e6, 1e6))",
+        "the limits of Inversion failed: 'float' object cannot be interpreted as an integer; --verbose shows where",
     ),
-    "limits that are missing": (
-        "Inversion.limits = classmethod(lambda cls, options: None)",
-        "the limits of Inversion failed: cannot unpack non-iterable NoneType object; --verbose shows where",
+    "an example that is no request": (
+        "Inversion.example = classmethod(lambda cls, options: {'image': blank_photo(options.max_pixels)})\n"
+        "Inversion.read = lambda *_: (np.zeros((1, 1, 3), np.uint8), {}, ['mean'])",
+        "the example of Inversion failed: 'dict' object has no attribute 'data'; --verbose shows where",
+    ),
+    "a weight that is no number": (
+        "Inversion.weigh = lambda *_: None",
+        "a worker failed to start: float() argument must be a string or a real number, not 'NoneType'; --verbose",
     ),
     "an example that is rejected": (
         "Inversion.example = classmethod(lambda cls, options: Request({'image': np.zeros(9, np.uint8)}, {}))",
@@ -125,29 +131,9 @@ WRONG_STAGES = {
         "Inversion.limits = classmethod(lambda cls, options: (10_000_000, 10))",
         "a worker failed to start: the response exceeds the limit of ",
     ),
-    "an output that was not bound": (
-        "Inversion.__call__ = lambda self, jobs: [{'other': np.zeros(3)}] * len(jobs)",
-        "the example of Inversion failed: Returned output `other` is not defined in model config for model `Toy`.",
-    ),
     "an output of another type": (
         "Inversion.__call__ = lambda self, jobs: [{'mean': np.zeros(3, np.float32)}] * len(jobs)",
-        "the example of Inversion failed: Returned output `mean` for model `Toy` has invalid type. Returned: float32",
-    ),
-    "strings instead of numbers": (
-        "Inversion.__call__ = lambda self, jobs: [{'mean': np.array(['a', 'b', 'c'])}] * len(jobs)",
-        "the example of Inversion failed: Returned output `mean` for model `Toy` has invalid type. Returned: object",
-    ),
-    "no strings": (
-        "Inversion.__call__ = lambda self, jobs: [{'mean': np.empty(0, object)}] * len(jobs)",
-        "the example of Inversion failed: the output mean is empty, which PyTriton cannot return",
-    ),
-    "an output of another shape": (
-        "Inversion.__call__ = lambda self, jobs: [{'mean': np.zeros(4)}] * len(jobs)",
-        "the example of Inversion failed: Returned output `mean` for model `Toy` has invalid shapes at one or more",
-    ),
-    "an output of more dimensions": (
-        "Inversion.__call__ = lambda self, jobs: [{'mean': np.zeros((1, 3))}] * len(jobs)",
-        "the example of Inversion failed: Returned output `mean` for model `Toy` has invalid shapes.",
+        "the example of Inversion failed: the output mean is declared as float64 [3], but is float32 [3]; --verbose",
     ),
     "an exception without a message": (
         "def raise_it(*_): raise AssertionError\nInversion.__init__ = raise_it",
@@ -173,6 +159,7 @@ WRONG_STAGES = {
 REPLACE = """
 import numpy as np
 from pathlib import Path
+from photo import blank_photo
 from pytriton.proxy.types import Request
 from serving import Checked
 from toy_server import Inversion
@@ -230,6 +217,33 @@ def test_a_port_in_use_is_named_with_its_option(flag):
     assert str(error.value) == (
         f"cannot listen on 127.0.0.1:{port} (Address already in use): choose another {flag} or --address"
     )
+
+
+TAKE_PORTS_LATER = """
+import serving.triton
+check = serving.triton._check_ports
+
+def pass_once(_config):
+    serving.triton._check_ports = check
+
+serving.triton._check_ports = pass_once
+sys.argv += {arguments}
+"""
+
+
+def test_of_two_servers_that_start_together_one_names_the_port_and_the_other_one_serves(servers, tmp_path):
+    first = servers["environment"]
+    ports = ["--http-port", str(first.http_port), "--grpc-port", str(first.grpc_port)]
+    script = patched_toy(tmp_path, TAKE_PORTS_LATER.format(arguments=ports))
+    with start_toy(tmp_path / "log", script=script, environment={"TRITON_ACCESS_TOKEN": TOKEN}) as second:
+        assert second.process.wait(timeout=30) == 2
+        assert second.log.read_text().splitlines()[-1] == (
+            f"patched_toy.py: cannot listen on 127.0.0.1:{first.http_port} (Address already in use): "
+            "choose another --http-port or --address"
+        )
+        assert second.left_behind() == []
+    for protocol in PROTOCOLS:
+        assert (first.connect(protocol).infer(PHOTO)["inverted"][0] == 255 - decode(PHOTO)).all()
 
 
 def test_an_address_of_another_machine_is_named():

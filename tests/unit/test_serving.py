@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import as_array, complete, wait_for
 from gpu import DEVICES
+from pytriton.model_config import Tensor
 from pytriton.proxy.types import Request
 
 from photo import max_photo_bytes
@@ -24,12 +25,13 @@ from serving.batcher import LARGE_WEIGHT, Batcher
 from serving.channel import SLACK_BYTES, Channel, open_channels
 from serving.errors import InferenceFailed, InvalidRequest, ServerError, UsageError
 from serving.executor import Executor, open_memories
+from serving.fleet import Fleet
 from serving.instance import Instance
 from serving.lifecycle import FAILURE, Lifecycle
 from serving.memory import ResponseMemory, fit_shared_memory
 from serving.options import count_frontends
 from serving.printed import Printed
-from serving.processes import FORK
+from serving.processes import FORK, Child, kill_all
 from serving.shared import share_bytes
 from serving.stages import Checked, Deferred, Stages
 from serving.traffic import Traffic
@@ -319,8 +321,10 @@ def test_the_timeout_counts_from_the_last_response_to_anybody_and_is_waited_for_
             call(forked.channels[2], 0)
 
 
-def make_instance(forked: Forked, traffic: Traffic | None = None) -> Instance:
-    return Instance(0, forked.channels[0], timeout_s=10, traffic=traffic or Traffic(1), lifecycle=Lifecycle(1))
+def make_instance(forked: Forked, *outputs: Tensor, traffic: Traffic | None = None) -> Instance:
+    instance = Instance(0, forked.channels[0], timeout_s=10, traffic=traffic or Traffic(1), lifecycle=Lifecycle(1))
+    instance.outputs = outputs or [Tensor(name="image", dtype=np.uint8, shape=(-1,))]
+    return instance
 
 
 def test_two_requests_in_one_call_do_not_share_memory():
@@ -345,27 +349,114 @@ def test_an_instance_rejects_what_it_cannot_send(caplog):
 
 def test_an_instance_sends_and_returns_strings():
     with Forked(double, 1, 1) as forked:
-        (response,) = make_instance(forked)([Request({"label": np.array([[b"cat", b""]], object)}, {})])
+        instance = make_instance(forked, Tensor(name="label", dtype=np.bytes_, shape=(-1,)))
+        (response,) = instance([Request({"label": np.array([[b"cat", b""]], object)}, {})])
         assert response["label"].tolist() == [[b"catcat", b""]]
 
 
 def test_a_server_that_has_drained_rejects_requests():
     with Forked(double, 1, 1) as forked:
         traffic = Traffic(1)
-        instance, request = make_instance(forked, traffic), Request({"image": np.zeros((1, 5), np.uint8)}, {})
+        instance, request = make_instance(forked, traffic=traffic), Request({"image": np.zeros((1, 5), np.uint8)}, {})
         assert instance([request])
         Lifecycle(drain_s=0).drain(traffic, abandon=lambda: pytest.fail("nothing is in flight"))
         with pytest.raises(InferenceFailed, match="the server is stopping: send the request to another server"):
             instance([request])
 
 
-@pytest.mark.parametrize("empty", [np.empty((0, 3)), np.empty(0, object), np.empty(0, str)])
-def test_an_empty_output_is_rejected_with_its_name(empty, caplog):
-    with Forked(lambda jobs: [{"found": empty}] * len(jobs), 1, 1) as forked:
-        instance, request = make_instance(forked), Request({"image": np.zeros((1, 5), np.uint8)}, {})
-        with pytest.raises(InferenceFailed, match="the output found is empty, which PyTriton cannot return"):
-            instance([request])
-    assert "the output found is empty" in caplog.text
+DECLARED = [
+    Tensor(name="mean", dtype=np.float32, shape=(3,)),
+    Tensor(name="names", dtype=np.bytes_, shape=(-1,)),
+    Tensor(name="picture", dtype=np.uint8, shape=(-1, -1, 3)),
+]
+RIGHT = {
+    "mean": np.ones(3, np.float32),
+    "names": np.array(["cat", "a dog"]),
+    "picture": np.ones((2, 1, 3), np.uint8),
+}
+EMPTY = "is empty, which PyTriton cannot return"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mean": np.ones(3)}, "mean is declared as float32 [3], but is float64 [3]"),
+        ({"mean": np.array(["a", "b", "c"])}, "mean is declared as float32 [3], but is strings [3]"),
+        ({"mean": np.ones(3, complex)}, "mean is declared as float32 [3], but is complex128 [3]"),
+        ({"mean": np.ones(4, np.float32)}, "mean is declared as float32 [3], but is float32 [4]"),
+        ({"mean": np.ones((1, 3), np.float32)}, "mean is declared as float32 [3], but is float32 [1, 3]"),
+        ({"mean": np.float32(1)}, "mean is declared as float32 [3], but is float32 []"),
+        ({"mean": None}, "mean is declared as float32 [3], but is strings []"),
+        ({"names": np.arange(2)}, "names is declared as strings [-1], but is int64 [2]"),
+        ({"names": np.empty(0, str)}, f"names {EMPTY}"),
+        ({"picture": np.ones((2, 2, 4), np.uint8)}, "picture is declared as uint8 [-1, -1, 3], but is uint8 [2, 2, 4]"),
+        ({"picture": np.ones((0, 2, 3), np.uint8)}, f"picture {EMPTY}"),
+        ({"picture": Deferred(np.ravel, np.ones(3))}, "picture is declared as uint8 [-1, -1, 3], but is float64 [3]"),
+        ({"other": np.ones(3)}, "other is not declared"),
+    ],
+)
+def test_an_output_that_is_not_as_declared_fails_its_request_alone(changes, said, caplog):
+    def compute(jobs):
+        return [RIGHT | (changes if note == "wrong" else {}) for note in notes(jobs)]
+
+    with Forked(compute, 1, 1) as forked:
+        instance, inputs = make_instance(forked, *DECLARED), {"image": np.zeros((1, 5), np.uint8)}
+        with pytest.raises(InferenceFailed) as error:
+            instance([Request(inputs, {"note": "wrong"}, requested_output_names=list(RIGHT))])
+        assert str(error.value).startswith(f"the output {said}")
+        assert caplog.messages == [f"a request failed: {error.value}"]
+        (response,) = instance([Request(inputs, {"note": "right"}, requested_output_names=list(RIGHT))])
+        assert {name: array.shape for name, array in response.items()} == {
+            name: (1, *array.shape) for name, array in RIGHT.items()
+        }
+
+
+def test_a_requested_output_that_is_missing_fails_its_request():
+    def compute(jobs):
+        return [{name: RIGHT[name] for name in note} for note in notes(jobs)]
+
+    with Forked(compute, 1, 1) as forked:
+        instance, inputs = make_instance(forked, *DECLARED), {"image": np.zeros((1, 5), np.uint8)}
+        # A request that names no outputs arrives with all of them. Then, the stages may choose.
+        for wanted, returned, missing in (
+            (["mean", "names"], ["mean"], "names"),
+            (list(RIGHT), ["mean"], None),
+            (list(RIGHT), [], "mean"),
+            (["mean"], ["mean", "names"], None),
+        ):
+            request = Request(inputs, {"note": returned}, requested_output_names=wanted)
+            if missing:
+                with pytest.raises(InferenceFailed, match=f"the output {missing} is missing"):
+                    instance([request])
+            else:
+                assert [*instance([request])[0]] == returned
+
+
+class WrongLimits(Functions):
+    """Stages whose limits are those of the options, or the error in them."""
+
+    @classmethod
+    def limits(cls, options):
+        if isinstance(options.wrong, Exception):
+            raise options.wrong
+        return options.wrong
+
+
+@pytest.mark.parametrize("wrong", [None, 1e6, "10", (1e6, 1e6), ("10", "10"), (10,), (10, 10, 10), ValueError("no")])
+def test_limits_that_are_wrong_are_one_line(wrong):
+    options = argparse.Namespace(device="cpu", start_timeout_s=9, worker_timeout_s=9, instances=1, wrong=wrong)
+    with (
+        pytest.raises(ServerError, match=r"^the limits of WrongLimits failed: .+; --verbose shows where$") as error,
+        Fleet(WrongLimits, options, Lifecycle(1)),
+    ):
+        pytest.fail("it starts")
+    assert error.value.exit_status == 1
+
+
+@pytest.mark.parametrize("weight", [None, "heavy", [0.5]])
+def test_a_weight_that_is_no_number_is_noticed_at_startup(weight):
+    with pytest.raises((TypeError, ValueError), match="float"):
+        Forked(double, 1, 1, weigh=lambda job: weight)  # noqa: ARG005
 
 
 class Client:
@@ -455,6 +546,23 @@ def test_requests_that_take_too_long_are_abandoned_and_those_of_a_lost_process_a
         client.process.join()
     traffic.forget(range(2))
     assert drain(Lifecycle(drain_s=20), traffic)[0] < 4
+
+
+def test_ctrl_z_suspends_neither_workers_nor_frontends():
+    def echo(pipe) -> None:
+        while True:
+            pipe.send(pipe.recv())
+
+    child = Child("worker", echo)
+    try:
+        os.setpgid(child.process.pid, child.process.pid)  # as a shell does: the kernel suspends no orphaned group
+        for number in range(2):
+            child.send(number)
+            assert child.pipe.poll(10)
+            assert child.receive() == number
+            os.killpg(child.process.pid, signal.SIGTSTP)
+    finally:
+        kill_all([child])
 
 
 @pytest.fixture
