@@ -303,6 +303,8 @@ def send_tasks(
 def main() -> None:
     """Run the client. The module's docstring lists the exit statuses."""
     options = parse_options()
+    if not options.verbose:
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # otherwise, gRPC's library writes to stderr as well
     logging.basicConfig(handlers=[Speaker()])
     LOGGER.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     for stream in (sys.stdout, sys.stderr):
