@@ -34,6 +34,9 @@ TRANSIENT = ("again later", "timeout expired", "Request for unknown model")
 NO_RESPONSE = {"StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"}
 DENIED = {"401", "403", "StatusCode.UNAUTHENTICATED", "StatusCode.PERMISSION_DENIED"}
 
+# The settings with which HTTP/2 begins, or the headers of HTTP/1.
+RESPONSE = re.compile(rb"\x00\x00.\x04\x00{5}|HTTP/1\.. (?P<status>\d+).*\r\n\r\n", re.DOTALL)
+
 LOGGER = logging.getLogger("client")
 
 
@@ -165,8 +168,6 @@ class Connection:
                 advice = "set --ca-file to the certificate of its CA"
                 if "mismatch" in error.verify_message:
                     advice = "use the host name of the certificate in --url"
-                elif "expired" in error.verify_message:
-                    advice = "renew it"
                 reason = error.verify_message.rstrip(".")
                 raise ClientError(f"{self.url}: the server's certificate is not trusted ({reason}): {advice}") from None
             except (ssl.SSLError, ConnectionError):
@@ -196,13 +197,16 @@ class Connection:
             contextlib.suppress(OSError),
         ):
             connection.sendall(b"GET /v2 HTTP/1.0\r\n\r\n")
-            response = connection.recv(1 << 12)
-        # gRPC is HTTP/2, which begins with its settings. The proxy's port for gRPC also speaks HTTP/1.
-        if re.match(rb"\x00\x00.\x04\x00{5}", response, re.DOTALL) or b"application/grpc" in response:
+            while not RESPONSE.match(response) and len(response) < 1 << 14 and (part := connection.recv(1 << 12)):
+                response += part
+        found = RESPONSE.match(response)
+        if not found:
+            return ""
+        if not found["status"] or b"application/grpc" in response:  # the proxy's port for gRPC also speaks HTTP/1
             return "grpc"
-        if re.match(rb"HTTP/1\.. (200|404).*application/json", response, re.DOTALL):  # Triton, the proxy
+        if found["status"] in (b"200", b"404") and b"application/json" in response:  # of Triton, of the proxy
             return "http"
-        return "other" if re.match(rb"HTTP/1\.. 200", response) else ""
+        return "other" if found["status"] == b"200" else ""
 
     def infer(
         self,
