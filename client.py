@@ -120,53 +120,28 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add_flag = functools.partial(add, action="store_true")
     add_optional = functools.partial(add, default=argparse.SUPPRESS)  # the formatter appends other defaults to the help
-    add_optional(
-        "--image-paths",
-        nargs="+",
-        metavar="PATH",
-        help="photos to send: files, folders and patterns such as 'photos/*.jpg' (default: images/orig.jpg)",
-    )
+    paths = "photos to send: files, folders and patterns such as 'photos/*.jpg' (default: images/orig.jpg)"
+    add_optional("--image-paths", nargs="+", metavar="PATH", help=paths)
     add_flag("--dump-images", help="write orig0.jpg, segm0.jpg, orig1.jpg, ... in the order of the photos")
-    add(
-        "--format",
-        choices=FORMATS,
-        default="raw",
-        help="format in which the server sends the cut-out; jpeg, png and webp files are written unchanged",
-    )
+    add("--format", choices=FORMATS, default="raw", help="of the cut-out from the server; files are written unchanged")
     add_flag("--mask", help="write mask0.png, ...: white where the class was found")
     add_flag("--probability", help="write probability0.png, ...: white where the class is certain")
     add_flag("--labels", help="write labels0.png, ...: the color of the most probable class")
-    add_optional(
-        "--edge",
-        type=float,
-        help="soften the edge of png and webp files: the range of probabilities that become half transparent "
-        "(default: 0, a hard edge)",
-    )
+    edge = "range of probabilities that become half transparent in png and webp files (default: 0, a hard edge)"
+    add_optional("--edge", type=float, help=edge)
     add_flag("--keep-names", help="name the files after the photos: beach.png instead of segm0.png")
     add_flag("--skip-existing", help="skip photos whose files exist, to resume a run; implies --keep-names")
     add("--output-dir", type=Path, default=Path(), help="folder for the files; created if missing")
     add_flag("--overwrite", help="replace files that the client did not write, but never a photo")
-    add_optional(
-        "--report",
-        type=Path,
-        metavar="FILE",
-        help="write one line of JSON for each photo; - means stdout (default: none)",
-    )
-    add(
-        "--url",
-        default="http://127.0.0.1:8000",
-        help="http://host:port, https://host:port, grpc://host:port, grpcs://host:port or host",
-    )
-    add_optional(
-        "--api-key", help="key for the proxy in front of the server (default: API_KEY in the environment, or none)"
-    )
-    add_optional(
-        "--ca-file", type=Path, metavar="FILE", help="certificates to trust, in PEM format (default: the system's)"
-    )
+    report = "write one line of JSON for each photo; - means stdout (default: none)"
+    add_optional("--report", type=Path, metavar="FILE", help=report)
+    url = "http://host:port, https://host:port, grpc://host:port, grpcs://host:port or host"
+    add("--url", default="http://127.0.0.1:8000", help=url)
+    add_optional("--api-key", help="key for the proxy in front of the server (default: API_KEY in the environment)")
+    ca_file = "certificates to trust, in PEM format (default: the system's)"
+    add_optional("--ca-file", type=Path, metavar="FILE", help=ca_file)
     add("--init-timeout-s", type=float, default=30, help="seconds to wait for the model to be ready")
-    add(
-        "--retry-s", type=float, default=300, help="seconds to retry a photo if the server is busy or cannot be reached"
-    )
+    add("--retry-s", type=float, default=300, help="seconds to retry a photo if the server is busy or unreachable")
     add_optional("--class-name", help="class or classes to keep, such as person or cat,dog (default: the server's)")
     add_optional("--threshold", type=float, help="probability to exceed, between 0 and 1 (default: the server's)")
     add("--concurrency", type=int, default=4, help="number of photos in flight")
@@ -203,15 +178,13 @@ def plan_tasks(
     photos: Sequence[PhotoFile], output: OutputFolder, extensions: Mapping[str, str], options: argparse.Namespace
 ) -> list[Task]:
     """Return the photos to send. Raises ClientError if this would overwrite a file that the client did not write."""
-    tasks: dict[object, Task] = {}
-    for index, photo in enumerate(photos):
-        if options.keep_names:
-            tasks[photo.path] = Task(photo, output.named(photo.path, extensions))
-        else:
-            tasks[index] = Task(photo, output.numbered(index, extensions))
+    if options.keep_names:
+        tasks = [Task(photo, output.named(photo.path, extensions)) for photo in dict.fromkeys(photos)]
+    else:
+        tasks = [Task(photo, output.numbered(index, extensions)) for index, photo in enumerate(photos)]
     todo = [
         task
-        for task in tasks.values()
+        for task in tasks
         if task.photo.problem or not (options.skip_existing and all(map(os.path.lexists, task.targets.values())))
     ]
     if skipped := len(tasks) - len(todo):
@@ -303,6 +276,8 @@ def send_tasks(
 def main() -> None:
     """Run the client. The module's docstring lists the exit statuses."""
     options = parse_options()
+    if not options.verbose:
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # otherwise, gRPC's library writes to stderr as well
     logging.basicConfig(handlers=[Speaker()])
     LOGGER.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     for stream in (sys.stdout, sys.stderr):

@@ -55,12 +55,13 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
         path = Path(pattern)
         if path.is_dir():
             try:
-                files = sorted(path.iterdir())
+                files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
             except OSError as error:
                 photos.append(PhotoFile(path, f"cannot be read ({error.strerror})"))
                 continue
-            skipped.update(filter(None, map(reason_to_skip, files)))
-            found = [file for file in files if is_photo(file)]
+            found = [file for file in files if file.suffix.lower() in PHOTO_EXTENSIONS]
+            others = [file.suffix.lower() for file in files if file.is_file()]
+            skipped.update(kind or "without an extension" for kind in others if kind not in PHOTO_EXTENSIONS)
             nothing = f"contains no photos ({', '.join(sorted(PHOTO_EXTENSIONS))})"
         elif os.path.lexists(path) or not glob.has_magic(pattern):
             if not (output_dir and os.path.realpath(path.parent) == os.path.realpath(output_dir) and is_own(path)):
@@ -68,7 +69,7 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
             continue
         else:
             files = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute pattern
-            found = [file for file in files if is_photo(file) or not file.is_dir()]
+            found = [file for file in files if not file.is_dir()]
             nothing = "matches no file"
         if not found:
             photos.append(PhotoFile(path, nothing))
@@ -78,20 +79,6 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
         say(f"skipping {plural(skipped.total(), 'file')}: {kinds}")
     return photos
-
-
-def is_photo(file: Path) -> bool:
-    """Return whether a file in a folder has the name of a photo. macOS puts ``._a.jpg`` next to ``a.jpg``."""
-    return file.suffix.lower() in PHOTO_EXTENSIONS and not file.name.startswith("._")
-
-
-def reason_to_skip(file: Path) -> str:
-    """Return the kind of a file that is neither a photo nor hidden, such as ``.txt``, or an empty string."""
-    if file.name.startswith("._"):
-        return "._*"
-    if is_photo(file) or file.name.startswith(".") or not file.is_file():
-        return ""
-    return file.suffix.lower() or "without an extension"
 
 
 def problem_of(file: Path) -> str:
@@ -128,14 +115,9 @@ class OutputFolder:
         """Create the folder unless it exists. Raises ClientError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._open_record("a").close()
         except OSError as error:
-            raise ClientError(f"--output-dir: cannot create {self.folder} ({error.strerror})") from error
-        if not os.access(self.folder, os.W_OK):
-            raise ClientError(f"--output-dir: cannot write to {self.folder}")
-        try:
-            self._open_record("ab").close()
-        except OSError as error:
-            raise ClientError(f"--output-dir: cannot write {self.folder / RECORD} ({error.strerror})") from error
+            raise ClientError(f"--output-dir: cannot create {error.filename} ({error.strerror})") from error
 
     def wrote(self, file: Path) -> bool:
         """Return whether the client wrote this file of the folder, and the file is unchanged."""
@@ -209,16 +191,14 @@ class OutputFolder:
             self._written.add((file.name, sha256))
 
     def _record(self, entry: Mapping[str, str]) -> None:
-        line = "\n" + json.dumps(entry)  # on a separate line, even if the last one is incomplete
-        with self._open_record("ab", buffering=0) as record:
-            if record.write(line.encode()) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with self._open_record("a") as record:
+            record.write("\n" + json.dumps(entry))  # on a separate line, even if the last one is incomplete
 
     def _open_record(self, *arguments: object, **options: object) -> IO:
         path = self.folder / RECORD
         # A link may point to another user's file, and opening a pipe might wait forever.
         if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-            raise OSError(errno.EINVAL, "it is not a file")
+            raise OSError(errno.EINVAL, "it is not a file", path)
         return path.open(*arguments, **options)
 
     def stop(self) -> None:

@@ -2,34 +2,30 @@
 """The client's connection to a model on a server: HTTP or gRPC, with or without TLS, an API key and retries."""
 
 import contextlib
-import ipaddress
+import importlib
 import logging
 import math
-import os
 import random
 import re
-import socket
 import ssl
 import threading
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlsplit
 
-import gevent
+import gevent.socket
+import gevent.ssl
 import numpy as np
-import tritonclient.grpc
-import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 MODEL_NAME = "ResNet101"
 DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "https": 443, "grpcs": 443}
 REQUEST_TIMEOUT_S = 300.0  # a server without a GPU may have a long queue
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 4.0  # between two attempts
-PORT_CHECK_AFTER_S = 1.0
+PORT_CHECK_AFTER_S, PORT_CHECK_TIMEOUT_S = 1.0, 2.0
 ANNOUNCE_S = 60.0  # how often retries are logged
 
 BUSY = {"429", "502", "503", "StatusCode.UNAVAILABLE"}
@@ -37,6 +33,9 @@ BUSY = {"429", "502", "503", "StatusCode.UNAVAILABLE"}
 TRANSIENT = ("again later", "timeout expired", "Request for unknown model")
 NO_RESPONSE = {"StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"}
 DENIED = {"401", "403", "StatusCode.UNAUTHENTICATED", "StatusCode.PERMISSION_DENIED"}
+
+# The settings with which HTTP/2 begins, or the headers of HTTP/1.
+RESPONSE = re.compile(rb"\x00\x00.\x04\x00{5}|HTTP/1\.. (?P<status>\d+).*\r\n\r\n", re.DOTALL)
 
 LOGGER = logging.getLogger("client")
 
@@ -94,14 +93,15 @@ class Connection:
         self.model_name = model_name
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._tls = self._scheme in ("https", "grpcs")
-        self._certificates = _check_certificates("--ca-file", ca_file) if ca_file else _system_certificates()
-        if self._tls and self._certificates and not ca_file:
-            _check_certificates("SSL_CERT_FILE", self._certificates)
+        self._certificates = str(ca_file) if ca_file else _system_certificates()
+        if ca_file or self._tls:
+            _check_certificates("--ca-file" if ca_file else "SSL_CERT_FILE", self._certificates)
         self._retry_s = retry_s
         self._failing_since: float | None = None  # all requests since then have failed
         self._announced = -math.inf
         self._is_grpc = self._scheme.startswith("grpc")
-        self._triton: ModuleType = tritonclient.grpc if self._is_grpc else tritonclient.http
+        # Imported only now, because gRPC reads GRPC_VERBOSITY during its import.
+        self._triton: ModuleType = importlib.import_module(f"tritonclient.{'grpc' if self._is_grpc else 'http'}")
         self._local = threading.local()
 
     def wait_for_model(self, timeout_s: float) -> None:
@@ -116,26 +116,21 @@ class Connection:
         while True:
             try:
                 self._request_metadata(send_key, min(5.0, max(0.1, began + timeout_s - time.monotonic())))
-                if send_key:
-                    return
-                send_key = True
-                continue
+                return
             except Exception as error:  # each library has its own exceptions
-                if isinstance(error, ValueError) and not isinstance(error, OSError):
-                    raise self._wrong_port() from None  # no JSON: the metrics port responds to any path with nothing
                 failure = self._inference_error(error)
+                if failure.denied and send_key:
+                    raise ClientError(f"{self.url}: {failure}") from None
                 if failure.denied:
-                    if send_key:
-                        raise ClientError(f"{self.url}: {failure}") from None
                     send_key = True
                     continue
                 responded = isinstance(error, InferenceServerException) and error.status() not in NO_RESPONSE
                 state = f"the model {self.model_name} is not ready" if responded else "cannot reach the server"
-                state = f"{state} ({explain(error)}{'' if responded else self._proxy_hint()})"
+                state = f"{state} ({explain(error)})"
             waited = time.monotonic() - began
             # Without a URL for TLS, check the port only after a while: the server may still be starting.
             if not port_checked and (self._tls or waited > min(timeout_s, PORT_CHECK_AFTER_S)):
-                port_checked = self._check_port(responded)
+                port_checked = self._check_port()
             if waited > timeout_s:
                 raise ClientError(
                     f"{self.url}: {state}, even after {timeout_s:g} s. If the server is still starting, raise "
@@ -159,60 +154,59 @@ class Connection:
         with gevent.Timeout(timeout_s, TimeoutError("timed out")), self._new_http_client() as client:
             client.get_model_metadata(self.model_name, headers=headers)
 
-    def _wrong_port(self) -> ClientError:
-        protocol = "gRPC" if self._is_grpc else "HTTP"
-        return ClientError(
-            f"{self.url}: this port is not for {protocol} requests: by default, port 8000 is for HTTP and 8001 for gRPC"
-        )
-
-    def _check_port(self, responded: bool) -> bool:
-        """Raise ClientError if the URL does not fit the port, in TLS or protocol. Return whether the port is open.
-
-        ``responded`` says whether the server has responded in the protocol of the URL.
-        """
-        context = ssl.create_default_context(cafile=self._certificates if self._tls else None)
-        if not (self._tls and self._certificates):
+    def _check_port(self) -> bool:
+        """Raise ClientError if the port expects another scheme than that of the URL. Return whether it is open."""
+        certificates = self._certificates if self._tls else None
+        context = _tls_context(certificates)
+        if not certificates:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         try:
-            with socket.create_connection((self._host, self._port), timeout=2) as plain:
-                try:
-                    context.wrap_socket(plain, server_hostname=self._host).close()
-                except ssl.SSLCertVerificationError as error:
-                    advice = "set --ca-file to the certificate of its CA"
-                    if "mismatch" in error.verify_message:
-                        advice = "use the host name of the certificate in --url"
-                    elif "expired" in error.verify_message:
-                        advice = "renew it"
-                    reason = error.verify_message.rstrip(".")
-                    raise ClientError(
-                        f"{self.url}: the server's certificate is not trusted ({reason}): {advice}"
-                    ) from None
-                except OSError:
-                    # Triton only closes the connection, and so does a proxy with TLS that stops. A response tells.
-                    protocol = self._plain_protocol()
-                    if protocol and self._tls:
-                        plain_url = f"{self._scheme[:-1]}://{self._address}"
-                        raise ClientError(f"{self.url}: the server does not use TLS: set --url {plain_url}") from None
-                    if protocol not in ("", self._scheme) and not responded:
-                        raise self._wrong_port() from None
-                    return True
+            try:
+                protocol, tls = self._probe_port(context), True
+            except ssl.SSLCertVerificationError as error:
+                advice = "set --ca-file to the certificate of its CA"
+                if "mismatch" in error.verify_message:
+                    advice = "use the host name of the certificate in --url"
+                reason = error.verify_message.rstrip(".")
+                raise ClientError(f"{self.url}: the server's certificate is not trusted ({reason}): {advice}") from None
+            except (ssl.SSLError, ConnectionError):
+                protocol, tls = self._probe_port(None), False
         except OSError:
             return False
-        if not self._tls:
-            tls_url = f"{self._scheme}s://{self._address}"
-            raise ClientError(f"{self.url}: the server uses TLS: set --url {tls_url}, with the name in its certificate")
+        if protocol == "other":
+            ports = "by default, port 8000 is for HTTP and 8001 for gRPC"
+            raise ClientError(f"{self.url}: this port is not for inference requests: {ports}")
+        # Triton only closes the connection if it gets TLS, and so does a proxy with TLS that stops. A response tells.
+        scheme = (protocol or self._scheme.rstrip("s")) + "s" * tls if protocol or tls else self._scheme
+        if scheme != self._scheme:
+            name = ", with the name in its certificate" * (tls and not self._tls)
+            raise ClientError(f"{self.url}: this port is for {scheme}: set --url {scheme}://{self._address}{name}")
         return True
 
-    def _plain_protocol(self) -> str:
-        """Return the protocol of the port without TLS, ``http`` or ``grpc``, or an empty string if it is neither."""
-        start = b""
-        with contextlib.suppress(OSError), socket.create_connection((self._host, self._port), timeout=2) as plain:
-            plain.sendall(b"GET /v2/health/live HTTP/1.0\r\n\r\n")
-            start = plain.recv(12)
-        if re.match(rb"HTTP/1\.. (?!400)", start):  # with 400, servers reject HTTP on a port for TLS
+    def _probe_port(self, context: ssl.SSLContext | None) -> str:
+        """Return the protocol of the port, ``http``, ``grpc``, ``other`` or an empty string if it is unclear.
+
+        With a ``context``, ask it over TLS. Raises OSError.
+        """
+        response = b""
+        with (
+            gevent.Timeout(PORT_CHECK_TIMEOUT_S, TimeoutError("timed out")),
+            gevent.socket.create_connection((self._host, self._port)) as plain,
+            context.wrap_socket(plain, server_hostname=self._host) if context else plain as connection,
+            contextlib.suppress(OSError),
+        ):
+            connection.sendall(b"GET /v2 HTTP/1.0\r\n\r\n")
+            while not RESPONSE.match(response) and len(response) < 1 << 14 and (part := connection.recv(1 << 12)):
+                response += part
+        found = RESPONSE.match(response)
+        if not found:
+            return ""
+        if not found["status"] or b"application/grpc" in response:  # the proxy's port for gRPC also speaks HTTP/1
+            return "grpc"
+        if found["status"] in (b"200", b"404") and b"application/json" in response:  # of Triton, of the proxy
             return "http"
-        return "grpc" if re.match(rb"\x00\x00.\x04\x00{5}", start, re.DOTALL) else ""  # HTTP/2 begins with its settings
+        return "other" if found["status"] == b"200" else ""
 
     def infer(
         self,
@@ -260,22 +254,21 @@ class Connection:
         timeout_us: int | None,
     ) -> dict[str, np.ndarray]:
         options = {"client_timeout": REQUEST_TIMEOUT_S} if self._is_grpc else {}
-        if outputs:
-            options["outputs"] = [self._triton.InferRequestedOutput(name) for name in outputs]
         began = time.monotonic()
         try:
             with contextlib.nullcontext() if self._is_grpc else gevent.Timeout(REQUEST_TIMEOUT_S, TimeoutError):
                 result = self.client.infer(
                     self.model_name,
                     [self.image_input(encoded)],
+                    outputs=[self._triton.InferRequestedOutput(name) for name in outputs] or None,
                     parameters=dict(parameters or {}),
                     timeout=timeout_us,
                     headers=self._headers,
                     **options,
                 )
             response = result.get_response()
-            received = response["outputs"] if isinstance(response, dict) else response.outputs
-            names = [output["name"] if isinstance(output, dict) else output.name for output in received]
+            received = response.outputs if self._is_grpc else response["outputs"]
+            names = [output.name if self._is_grpc else output["name"] for output in received]
             arrays = {name: result.as_numpy(name) for name in names}
             if missing := [name for name in outputs if arrays.get(name) is None or not arrays[name].size]:
                 raise ValueError(f"without {missing[0]}")
@@ -294,7 +287,7 @@ class Connection:
             if denied:
                 sentence = f"{sentence}. Set --api-key, or API_KEY in the environment"
             transient = error.status() in BUSY or any(words in sentence for words in TRANSIENT)
-            return InferenceError(sentence + self._proxy_hint(error), transient, denied)
+            return InferenceError(sentence, transient, denied)
         if isinstance(error, TimeoutError):
             return InferenceError(f"no response within {REQUEST_TIMEOUT_S:g} s")
         if isinstance(error, (OSError, HTTPException)):
@@ -303,22 +296,7 @@ class Connection:
             return InferenceError(f"cannot reach the server ({sentence})", transient=broken)
         return InferenceError(f"the response is incomplete ({sentence})", transient=True)
 
-    def _proxy_hint(self, error: Exception | None = None) -> str:
-        """Return a hint about the proxy that gRPC takes from the environment, if it may be the cause of the error."""
-        if not self._is_grpc or self._is_loopback() or (error and "failed to connect" not in str(error)):
-            return ""
-        used = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), None)
-        if not used or urllib.request.proxy_bypass(self._host):
-            return ""
-        return f", through the proxy in {used}; set no_proxy={self._host} to connect directly"
-
-    def _is_loopback(self) -> bool:
-        try:
-            return ipaddress.ip_address(self._host).is_loopback
-        except ValueError:
-            return self._host == "localhost" or self._host.endswith(".localhost")
-
-    def image_input(self, encoded: bytes) -> tritonclient.http.InferInput | tritonclient.grpc.InferInput:
+    def image_input(self, encoded: bytes) -> object:
         """Return the model's input, UINT8 ``[1, N]``, for Triton's own client."""
         photo = np.frombuffer(encoded, np.uint8)[None]
         image = self._triton.InferInput("image", photo.shape, "UINT8")
@@ -326,7 +304,7 @@ class Connection:
         return image
 
     @property
-    def client(self) -> tritonclient.http.InferenceServerClient | tritonclient.grpc.InferenceServerClient:
+    def client(self) -> object:
         """Triton's own client, one for each thread, because the one for HTTP is not thread-safe.
 
         Never with ``verbose``, which prints the API key and the bytes of each photo.
@@ -335,26 +313,36 @@ class Connection:
             self._local.client = self._new_grpc_client() if self._is_grpc else self._new_http_client()
         return self._local.client
 
-    def _new_http_client(self) -> tritonclient.http.InferenceServerClient:
-        return tritonclient.http.InferenceServerClient(
+    def _new_http_client(self) -> object:
+        return self._triton.InferenceServerClient(
             self._address,
+            connection_timeout=REQUEST_TIMEOUT_S,
             network_timeout=REQUEST_TIMEOUT_S,
             ssl=self._tls,
-            ssl_options={"ca_certs": self._certificates} if self._tls and self._certificates else None,
+            ssl_options={"ca_certs": self._certificates} if self._certificates else None,
+            ssl_context_factory=_tls_context,
         )
 
-    def _new_grpc_client(self) -> tritonclient.grpc.InferenceServerClient:
+    def _new_grpc_client(self) -> object:
         options = [
             ("grpc.max_send_message_length", -1),
             ("grpc.max_receive_message_length", -1),
             # By default, gRPC waits up to two minutes before it reconnects to a server that was restarted.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 2000),
-            ("grpc.enable_http_proxy", int(not self._is_loopback())),  # no proxy can reach this machine's loopback
+            ("grpc.enable_http_proxy", 0),  # of the environment; over HTTP, Triton's client ignores it as well
         ]
-        return tritonclient.grpc.InferenceServerClient(
+        return self._triton.InferenceServerClient(
             self._address, ssl=self._tls, root_certificates=self._certificates, channel_args=options
         )
+
+
+def _tls_context(cafile: str | None) -> ssl.SSLContext:
+    """Return a context whose connections obey gevent.Timeout. Those of ssl.create_default_context would block."""
+    context = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if cafile:
+        context.load_verify_locations(cafile)
+    return context
 
 
 def _system_certificates() -> str | None:
@@ -363,15 +351,14 @@ def _system_certificates() -> str | None:
     return next((file for file in files if file and Path(file).exists()), None)
 
 
-def _check_certificates(option: str, ca_file: str | Path) -> str:
-    """Return the path of a file with certificates. Raises ClientError."""
+def _check_certificates(option: str, file: str | None) -> None:
+    """Raise ClientError if a file with certificates is not one."""
     try:
-        ssl.create_default_context(cafile=ca_file)
+        _tls_context(file)
     except ssl.SSLError:
-        raise ClientError(f"{option}: {ca_file} contains no certificate in PEM format") from None
+        raise ClientError(f"{option}: {file} contains no certificate in PEM format") from None
     except OSError as error:
-        raise ClientError(f"{option}: cannot read {ca_file} ({error.strerror})") from None
-    return str(ca_file)
+        raise ClientError(f"{option}: cannot read {file} ({error.strerror})") from None
 
 
 def explain(error: Exception) -> str:

@@ -13,7 +13,6 @@ import functools
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from types import SimpleNamespace
 
 from benchmark.cases import CASES, STAGES_ROW, Case
 from benchmark.photos import ROOT
+from tools.launch import exit_on_signals
 
 # By the type of the device. On a CPU, the requests in flight at the end of a measurement take seconds to finish.
 DEFAULTS = {
@@ -68,11 +68,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def output_file(text: str) -> Path:
     """Return the path of a file that can be written, as an argparse type: the measurement takes minutes."""
+    path = Path(text)
     try:
-        Path(text).open("a").close()
+        # Do not create it yet: an interrupted measurement would leave an empty file.
+        with path.open("a") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {text} ({error.strerror})") from None
-    return Path(text)
+    return path
 
 
 def picture_file(text: str) -> Path:
@@ -182,11 +185,8 @@ def main() -> None:
     options = parse_options()
     from benchmark.report import plot, tables
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # exits the blocks that stop the servers
-    try:
-        report = measure_all(options)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    exit_on_signals()
+    report = measure_all(options)
     print(tables(report), flush=True)  # first, in case the disk is full
     options.output.write_text(json.dumps(report, indent=2) + "\n")
     if "plot" in options:

@@ -58,7 +58,7 @@ def measure(
 
 
 def _prepare(barrier) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without a traceback
     photos()
     barrier.wait(START_TIMEOUT_S)  # otherwise, an early process would take a late one's task
 

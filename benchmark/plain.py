@@ -19,6 +19,7 @@ from pipelines import Postprocess, Preprocess
 from server import INPUTS, MODEL_NAME, NETWORK, OUTPUTS
 from serving import add_serving_options, make_parser
 from serving.triton import configure, prepare_environment
+from tools.launch import exit_on_signals
 from weights.loading import load_weights
 
 
@@ -42,6 +43,7 @@ def main() -> None:
         return [{name: np.asarray(batch.as_cpu()[0])[None] for name, batch in outputs.items()}]
 
     outputs = [tensor for tensor in OUTPUTS if tensor.name in ("original", "segmented")]
+    exit_on_signals()  # PyTriton does not, and would leave its workspace behind
     prepare_environment()  # so that Triton finds the libpython of this interpreter
     with Triton(config=configure(options)) as triton:
         triton.bind(

@@ -91,12 +91,14 @@ class LaunchedServer:
         return self.process.wait(timeout=STOP_TIMEOUT_S)
 
     def wait_for(self, process: subprocess.Popen) -> int:
-        """Wait for the end of a process, and return its exit status, or that of the server if it ends first."""
-        while process.poll() is None:
-            if self.process.poll() is not None:  # its log says why
-                return self.process.returncode or 1
+        """Wait for the end of a process, and return its exit status, or that of the server if it ends first.
+
+        After signal N, it is 128 + N, as in a shell.
+        """
+        while process.poll() is None and self.process.poll() is None:
             time.sleep(0.1)
-        return process.returncode
+        status = (self.process.returncode or 1) if process.returncode is None else process.returncode
+        return status if status >= 0 else 128 - status
 
 
 @contextlib.contextmanager
@@ -110,21 +112,36 @@ def running(command: Sequence[object], **options: object) -> Iterator[subprocess
         process.wait()
 
 
+def exit_on_signals() -> None:
+    """Let the first SIGINT, SIGTERM or SIGHUP end the process through SystemExit, which exits the blocks it is in.
+
+    Further ones are ignored, so that they do not interrupt the clean-up: ``timeout`` sends two. The exit status is
+    128 + N after signal N, as in a shell.
+    """
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+    def leave(received: int, _: object) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + received)
+
+    for each in signals:
+        if signal.getsignal(each) != signal.SIG_IGN:  # as with nohup
+            signal.signal(each, leave)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the server and the client that the arguments describe; return the exit status."""
     if "--" not in arguments:
         print("usage: python -m tools.launch SERVER.py [OPTION ...] -- CLIENT.py [OPTION ...]", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exits the blocks that stop the server
+    exit_on_signals()
     separator = arguments.index("--")
-    try:
-        with (
-            LaunchedServer(arguments[:separator]) as server,
-            running([sys.executable, *arguments[separator + 1 :], "--url", server.http_url]) as client,
-        ):
-            return server.wait_for(client)
-    except KeyboardInterrupt:
-        return 130
+    with (
+        LaunchedServer(arguments[:separator]) as server,
+        running([sys.executable, *arguments[separator + 1 :], "--url", server.http_url]) as client,
+    ):
+        return server.wait_for(client)
 
 
 if __name__ == "__main__":

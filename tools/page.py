@@ -8,25 +8,25 @@ The page needs no key, because only this machine can reach it. Ctrl-C stops both
 
 import argparse
 import contextlib
+import math
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
+from connection import MODEL_NAME
 from serving.options import number
-from tools.launch import LaunchedServer, free_ports, running
+from tools.launch import LaunchedServer, exit_on_signals, free_ports, running
 
 ROOT = Path(__file__).resolve().parent.parent
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
+DIE_WITH_PARENT = ["setpriv", "--pdeathsig", "TERM"]  # if this process is killed, its children are told to stop
 
 
 def configure(folder: Path, port: int, grpc_port: int, server: LaunchedServer) -> Path:
@@ -55,54 +55,34 @@ def configure(folder: Path, port: int, grpc_port: int, server: LaunchedServer) -
     return deploy / "nginx.conf"
 
 
-def running_nginx(configuration: Path, **options: object) -> AbstractContextManager[subprocess.Popen]:
-    """Run nginx with this configuration inside a ``with`` block. ``options`` are those of Popen."""
-    return running([NGINX, "-e", "stderr", "-p", configuration.parent, "-c", configuration], **options)
-
-
 @contextlib.contextmanager
-def forwarded_log() -> Iterator[tuple[int, threading.Event]]:
-    """Yield a file for the server's log, which appears on stderr, and an event for the line that says it is ready."""
-    # With a terminal, the server shows the progress of a download.
-    reader, writer = os.openpty() if sys.stderr.isatty() else os.pipe()
-    ready = threading.Event()
-
-    def forward() -> None:
-        log = b""
-        with contextlib.suppress(OSError):  # at the end of a terminal
-            while part := os.read(reader, 1 << 16):
-                os.write(sys.stderr.fileno(), part)
-                log = (log + part)[-(1 << 16) :]
-                if re.search(rb" ready: model .*\n", log):
-                    ready.set()
-
-    thread = threading.Thread(target=forward, daemon=True)
-    thread.start()
-    try:
-        yield writer, ready
-    finally:
-        os.close(writer)
-        thread.join(timeout=5)
+def running_nginx(configuration: Path, **options: object) -> Iterator[subprocess.Popen]:
+    """Run nginx with this configuration inside a ``with`` block. ``options`` are those of Popen."""
+    command = [*DIE_WITH_PARENT, NGINX, "-e", "stderr", "-p", configuration.parent, "-c", configuration]
+    with running(command, process_group=0, **options) as nginx:
+        try:
+            yield nginx
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(nginx.pid, signal.SIGTERM)  # its workers survive if it was killed
 
 
-def serve(port: int, options: Sequence[str]) -> int:
-    """Run server.py and nginx until one of them ends or a signal arrives. Return the exit status."""
+def serve(port: int, options: Sequence[str]) -> None:
+    """Run server.py and nginx until a signal arrives. Raises RuntimeError if one of them ends."""
     with (
         tempfile.TemporaryDirectory(prefix="page-") as folder,
-        forwarded_log() as (log, ready),
-        LaunchedServer([ROOT / "server.py", *options], stderr=log) as server,
+        LaunchedServer([ROOT / "server.py", *options], prefix=DIE_WITH_PARENT) as server,
     ):
         configuration = configure(Path(folder), port, *free_ports(1), server)
-        while not ready.wait(0.1):
-            if server.process.poll() is not None:  # its log says why
-                return server.process.returncode
+        server.wait_until_ready(MODEL_NAME, timeout_s=math.inf)  # the first start may be a long download
         with running_nginx(configuration) as nginx:
             print(f"\nOpen http://127.0.0.1:{port} in a browser. Press Ctrl-C to stop.\n", flush=True)
-            return server.wait_for(nginx)
+            status = server.wait_for(nginx)
+            raise RuntimeError(f"{'the server' if nginx.poll() is None else 'nginx'} ended with status {status}")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Check the requirements, and serve. Return the exit status, which is 2 if a requirement is missing."""
+def main(arguments: Sequence[str]) -> None:
+    """Check the requirements, and serve. The exit status is 2 if a requirement is missing."""
     parser = argparse.ArgumentParser(prog="tools.page", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--port", type=number(int, 1, 65535), default=8080)
     known, options = parser.parse_known_args(arguments)
@@ -112,16 +92,15 @@ def main(arguments: Sequence[str]) -> int:
         socket.create_server(("127.0.0.1", known.port)).close()
     except OSError as error:
         parser.exit(2, f"tools.page: cannot listen on port {known.port} ({error}): try make page PORT=8090\n")
-    for signal_number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signal_number, lambda received, _: sys.exit(128 + received))  # exits the blocks that stop both
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes background ("&") processes ignore it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell makes background ("&") processes ignore it
+    exit_on_signals()
     try:
-        return serve(known.port, options)
+        serve(known.port, options)
     except ValueError as error:
         parser.exit(2, f"tools.page: {error}\n")
-    except KeyboardInterrupt:
-        return 130
+    except RuntimeError as error:
+        parser.exit(1, f"tools.page: {error}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

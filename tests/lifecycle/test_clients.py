@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -149,15 +150,23 @@ def test_photos_go_through_the_proxy_with_tls_and_a_key_that_is_never_shown(run_
         ),
         ("https://127.0.0.1:{https_port}", True, "the server's certificate is not trusted (IP address mismatch, "),
         ("grpcs://127.0.0.1:{grpcs_port}", True, "the server's certificate is not trusted (IP address mismatch, "),
-        ("http://localhost:{https_port}", True, "the server uses TLS: set --url https://localhost:{https_port}"),
-        ("grpc://localhost:{grpcs_port}", True, "the server uses TLS: set --url grpcs://localhost:{grpcs_port}"),
-        ("https://localhost:{http_port}", True, "the server does not use TLS: set --url http://localhost:{http_port}"),
-        ("grpcs://localhost:{grpc_port}", True, "the server does not use TLS: set --url grpc://localhost:{grpc_port}"),
+        # The proxy without TLS.
+        ("https://localhost:{http_port}", True, "this port is for http: set --url http://localhost:{http_port}"),
+        ("https://localhost:{grpc_port}", True, "this port is for grpc: set --url grpc://localhost:{grpc_port}"),
+        *(
+            (
+                f"{scheme}://localhost:{{{right}_port}}",
+                True,
+                f"this port is for {right}: set --url {right}://localhost:",
+            )
+            for scheme, right in product([*PROTOCOLS, "https", "grpcs"], ["https", "grpcs"])
+            if scheme != right
+        ),
     ],
 )
 def test_a_url_and_a_certificate_that_do_not_fit_are_one_line_that_says_what_to_do(proxy, url, trusted, said):
     url, said = (text.format(**vars(proxy)) for text in (url, said))
-    connection = Connection(url, ca_file=proxy.certificate if trusted else None)
+    connection = Connection(url, ca_file=proxy.certificate if trusted else None, api_key=KEY)
     began = time.monotonic()
     with pytest.raises(ClientError) as error:
         connection.wait_for_model(timeout_s=60)
@@ -167,10 +176,10 @@ def test_a_url_and_a_certificate_that_do_not_fit_are_one_line_that_says_what_to_
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_no_proxy_stands_between_grpc_and_this_machine(mask_server, monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.delenv("no_proxy", raising=False)
-    mask_server.connect("grpc").wait_for_model(timeout_s=10)
-    # Elsewhere, gRPC uses it, and the message says so. The address is reserved for documentation (RFC 5737).
-    with pytest.raises(ClientError, match=r"the proxy in http_proxy; set no_proxy=192\.0\.2\.1 to connect directly\)"):
-        Connection("grpc://192.0.2.1:8001").wait_for_model(timeout_s=0.5)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_proxies_in_the_environment_are_ignored(mask_server, protocol, monkeypatch):
+    for name in ("http_proxy", "grpc_proxy"):  # no proxy listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    mask_server.connect(protocol).wait_for_model(timeout_s=10)

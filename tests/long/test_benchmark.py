@@ -3,10 +3,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
-from conftest import ROOT, get, run_python, wait_for
+import pytest
+from conftest import ROOT, get, processes_of, run_python, wait_for
 
 from benchmark.report import plot, tables
 from tools.launch import free_ports
@@ -42,12 +46,30 @@ def test_the_plain_server_starts_with_the_command_in_the_documentation():
     command = [sys.executable, *command[1:-1], str(http)]
     # The other ports are the default ones, which another server may have.
     ports = {f"PYTRITON_TRITON_CONFIG_{name}_PORT": str(port) for name, port in (("GRPC", grpc), ("METRICS", metrics))}
-    with subprocess.Popen(command, cwd=ROOT, env=os.environ | ports) as process:
+    with (
+        tempfile.TemporaryDirectory(prefix="pytriton-") as home,
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | ports | {"PYTRITON_HOME": home}) as process,
+    ):
         try:
             wait_for(lambda: is_ready(http) or process.poll() is not None, timeout_s=60)
             assert process.poll() is None
         finally:
             process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert list(Path(home).iterdir()) == []
+
+
+@pytest.mark.parametrize("signal_name", ["TERM", "INT"])
+def test_an_interrupted_benchmark_leaves_nothing_behind(tmp_path, signal_name):
+    rows = ["--rows", "plain", "ceiling", "--device", "cpu", "--rounds", "100"]
+    command = ["timeout", "-s", signal_name, "20", sys.executable, "-m", "benchmark", *rows]
+    with tempfile.TemporaryDirectory(prefix="pytriton-") as home:
+        environment = os.environ | {"PYTRITON_HOME": home}
+        done = subprocess.run([*command, "--output", tmp_path / "figures.json"], cwd=ROOT, env=environment, check=False)
+        assert done.returncode == 124  # the status of timeout
+        wait_for(lambda: processes_of(home) == [])  # helpers of Python and Triton end last
+        assert list(Path(home).iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def is_ready(port: int) -> bool:

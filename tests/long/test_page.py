@@ -564,8 +564,6 @@ def test_make_page_serves_it_on_loopback_without_a_key_and_ctrl_c_stops_all(open
     ):
         try:
             wait_for(lambda: f"Open http://127.0.0.1:{port} in a browser." in log.read_text(), timeout_s=90)
-            lines = log.read_text().splitlines()
-            assert " ready: model " in lines[-4]  # so that the address of the page is the last one
             page = open_page(SimpleNamespace(url=lambda _: f"http://127.0.0.1:{port}"))
             choose(page, PERSON)
             listening = [found for process in processes_of(home) for found in process.net_connections("inet")]
@@ -582,4 +580,28 @@ def test_make_page_serves_it_on_loopback_without_a_key_and_ctrl_c_stops_all(open
         assert process.wait(timeout=30) == 130
     assert processes_of(home) == []
     assert list(home.glob("page-*")) == []
+    shutil.rmtree(home)
+
+
+@pytest.mark.parametrize("killed", ["tools.page", "nginx"])
+def test_what_is_left_of_make_page_stops_if_a_part_is_killed(tmp_path, killed):
+    (port,) = free_ports(1)
+    log, home = tmp_path / "log", Path(tempfile.mkdtemp(prefix="pytriton-"))
+    environment = os.environ | OFFLINE | {"TORCH_HOME": str(tmp_path), "PYTRITON_HOME": str(home), "TMPDIR": str(home)}
+    command = [sys.executable, "-m", "tools.page", "--port", str(port)]
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file) as process,
+    ):
+        wait_for(lambda: "Open http" in log.read_text(), timeout_s=90)
+        (nginx,) = (child for child in psutil.Process(process.pid).children() if child.name() == "nginx")
+        workers = nginx.children()
+        (nginx if killed == "nginx" else process).kill()
+        status = process.wait(timeout=60)
+    if killed == "nginx":
+        assert status == 1
+        assert log.read_text().splitlines()[-1] == "tools.page: nginx ended with status 137"
+    assert psutil.wait_procs([nginx, *workers], timeout=20)[1] == []
+    wait_for(lambda: processes_of(home) == [])
+    assert list(home.glob("workspace_*")) == []
     shutil.rmtree(home)
