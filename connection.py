@@ -168,6 +168,8 @@ class Connection:
                 advice = "set --ca-file to the certificate of its CA"
                 if "mismatch" in error.verify_message:
                     advice = "use the host name of the certificate in --url"
+                elif "expired" in error.verify_message:
+                    advice = "renew it"
                 reason = error.verify_message.rstrip(".")
                 raise ClientError(f"{self.url}: the server's certificate is not trusted ({reason}): {advice}") from None
             except (ssl.SSLError, ConnectionError):
