@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections import namedtuple
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,24 +73,17 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, S
         yield running
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "expected"),
-    [
-        (["--start", "no memory"], 1, "a worker failed to start: CUDA out of memory. Tried to allocate 20 MiB.;"),
-        (["--start", "exit"], 1, "a worker exited during startup (exit status 3)"),
-        (["--start", "wrong option"], 2, "--start must not be wrong"),
-        (["--start", "hang", "--start-timeout-s", "2"], 1, "did not start within 2 s"),
-    ],
-)
-def test_a_worker_that_does_not_start_ends_the_server_with_one_line(arguments, status, expected, tmp_path):
-    with start_toy(tmp_path / "log", *arguments) as server:
-        assert server.process.wait(timeout=30) == status
-        line = server.log.read_text().splitlines()[-1]
-        assert line.startswith("toy_server.py: ")
-        assert expected in line
-        assert "Traceback" not in server.log.read_text()
-        assert server.left_behind() == []
-
+# Workers that do not start, as code that adds options, with the status of the server and what its last line says.
+NOT_STARTED = {
+    "no memory": (
+        "sys.argv += ['--start', 'no memory']",
+        1,
+        "a worker failed to start: CUDA out of memory. Tried to allocate 20 MiB.;",
+    ),
+    "exit": ("sys.argv += ['--start', 'exit']", 1, "a worker exited during startup (exit status 3)"),
+    "wrong option": ("sys.argv += ['--start', 'wrong option']", 2, "--start must not be wrong"),
+    "hang": ("sys.argv += ['--start', 'hang', '--start-timeout-s', '2']", 1, "did not start within 2 s"),
+}
 
 # Errors of a user's class, as code that replaces a part of the toy's.
 WRONG_STAGES = {
@@ -156,46 +149,97 @@ WRONG_STAGES = {
         "a worker failed to start: no license; --verbose shows where",
     ),
 }
-REPLACE = """
-import numpy as np
+# Parts of PyTriton that another version may lack, as code that deletes them, and what the error says.
+LACKING = {
+    "a method": ("import pytriton.models.model as m; del m.Model.setup", "'Model' has no attribute 'setup'"),
+    "a private method": (
+        "import pytriton.models.model as m; del m.Model._get_triton_model_config",
+        "'_get_triton_model_config'",
+    ),
+    "a property": (
+        "import pytriton.models.manager as m; del m.ModelManager.models",
+        "'ModelManager' has no attribute 'models'",
+    ),
+    "a class": ("import pytriton.proxy.inference as m; del m.RequestsResponsesConnector", "RequestsResponsesConnector"),
+    "the store": (
+        "import pytriton.proxy.data as m; del m.TensorStoreSerializerDeserializer",
+        "TensorStoreSerializerDe",
+    ),
+    "a function": (
+        "import pytriton.proxy.communication as m; del m.get_config_from_handshake_server",
+        "get_config_from_handshake_server",
+    ),
+    "the log": ("import pytriton.server.triton_server as m; del m.TritonServer._record_logs", "'_record_logs'"),
+}
+
+# Runs a toy server for each piece of code, which changes it first. PyTriton is imported only once, which saves a second
+# for each. A server's output is in a file, and its status is the name of another one.
+RUN_EACH = """
+import os
 from pathlib import Path
+
+import numpy as np
 from photo import blank_photo
 from pytriton.proxy.types import Request
 from serving import Checked
+import toy_server
 from toy_server import Inversion
+
+for what, code in {codes!r}.items():
+    if not (child := os.fork()):
+        output = os.open(what, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        try:
+            exec(code)
+            toy_server.main()
+        except SystemExit as end:
+            os._exit(end.code)
+        finally:
+            os._exit(99)
+    Path(f"{{what}}, status {{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}}").touch()
+sys.exit()
 """
 
 
-@pytest.mark.parametrize("what", WRONG_STAGES)
-def test_stages_that_are_wrong_end_the_server_with_one_line(what, tmp_path):
-    code, expected = WRONG_STAGES[what]
-    with start_toy(tmp_path / "log", script=patched_toy(tmp_path, REPLACE + code)) as server:
-        assert server.process.wait(timeout=30) == 1
-        lines = server.log.read_text().splitlines()
-        assert lines[-1].startswith(f"patched_toy.py: {expected}")
-        assert [line for line in lines[:-1] if " INFO " not in line and " WARNING " not in line] == []
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list[str]]:
+    """Returns the lines of a server that was changed and ended with a status."""
+    folder = tmp_path_factory.mktemp("ended")
+    codes = {what: code for what, (code, *_) in (NOT_STARTED | WRONG_STAGES | LACKING).items()}
+    with start_toy(folder / "log", script=patched_toy(folder, RUN_EACH.format(codes=codes))) as server:
+        assert server.process.wait(timeout=100) == 0, server.log.read_text()
         assert server.left_behind() == []
 
+    def lines(what: str, status: int) -> list[str]:
+        text = (folder / what).read_text()
+        assert (folder / f"{what}, status {status}").exists(), text
+        return text.splitlines()
 
-@pytest.mark.parametrize(
-    ("code", "missing"),
-    [
-        ("import pytriton.models.model as m; del m.Model.setup", "type object 'Model' has no attribute 'setup'"),
-        ("import pytriton.models.model as m; del m.Model._get_triton_model_config", "'_get_triton_model_config'"),
-        ("import pytriton.models.manager as m; del m.ModelManager.models", "'ModelManager' has no attribute 'models'"),
-        ("import pytriton.proxy.inference as m; del m.RequestsResponsesConnector", "'RequestsResponsesConnector'"),
-        ("import pytriton.proxy.data as m; del m.TensorStoreSerializerDeserializer", "'TensorStoreSerializerDeser"),
-        ("import pytriton.proxy.communication as m; del m.get_config_from_handshake_server", "'get_config_from_handsh"),
-        ("from pytriton.server.triton_server import TritonServer; del TritonServer._record_logs", "'_record_logs'"),
-    ],
-)
-def test_a_pytriton_that_lacks_something_is_one_line(code, missing, tmp_path):
-    script = patched_toy(tmp_path, code)
-    done = run_python(script, "--http-port", free_ports(1)[0])
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    return lines
+
+
+@pytest.mark.parametrize("what", NOT_STARTED)
+def test_a_worker_that_does_not_start_ends_the_server_with_one_line(ended, what):
+    _, status, expected = NOT_STARTED[what]
+    lines = ended(what, status)
+    assert lines[-1].startswith("patched_toy.py: ")
+    assert expected in lines[-1]
+    assert not [line for line in lines if "Traceback" in line]
+
+
+@pytest.mark.parametrize("what", WRONG_STAGES)
+def test_stages_that_are_wrong_end_the_server_with_one_line(ended, what):
+    *before, last = ended(what, 1)
+    assert last.startswith(f"patched_toy.py: {WRONG_STAGES[what][1]}")
+    assert [line for line in before if " INFO " not in line and " WARNING " not in line] == []
+
+
+@pytest.mark.parametrize("what", LACKING)
+def test_a_pytriton_that_lacks_something_is_one_line(ended, what):
+    (line,) = ended(what, 2)
     assert line.startswith("patched_toy.py: this server does not support PyTriton 0.7.0 (")
-    assert missing in line
+    assert LACKING[what][1] in line
     assert line.endswith("): install the packages in requirements.txt")
 
 
