@@ -3,6 +3,8 @@
 
 import logging
 
+MAX_CHARACTERS = 10_000  # of a message for a client, so that it fits into a channel, whatever it quotes
+
 LOGGER = logging.getLogger("server")
 
 
@@ -35,7 +37,7 @@ class RequestError(Exception):
 
     def __reduce__(self):  # pickle looks up a class in its module, which is not the real one
         known = next(kind for kind in type(self).__mro__ if kind.__name__ in globals())  # or its base
-        return _restore, (known.__name__, str(self))
+        return _restore, (known.__name__, str(self)[:MAX_CHARACTERS])
 
 
 class InvalidRequest(RequestError):

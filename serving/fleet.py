@@ -11,12 +11,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from pytriton.proxy.types import Request
 
 from serving.channel import Channel, open_channels
 from serving.device import list_devices
@@ -201,8 +199,7 @@ class Fleet:
         """Send the example of the stages to each worker, as Triton will. Raises ServerError if it fails."""
         try:
             example = self._stages.example(self._options)
-            inputs = {name: array[None] for name, array in example.data.items()}
-            request = Request(inputs, example.parameters, requested_output_names=example.requested_output_names)
+            request = replace(example, data={name: array[None] for name, array in example.data.items()})
             for device in self._devices:
                 device.instances[0].outputs = model.triton_config.outputs
                 device.instances[0]([request])
@@ -233,8 +230,8 @@ class Fleet:
 
     def _watch(self) -> None:
         """Stop the server if a process ends. Returns when all have ended."""
-        workers = {device.worker.sentinel: device for device in self._devices}
-        frontends = {process.sentinel: (process, device) for device in self._devices for process in device.frontends}
+        workers = {device.worker.process.sentinel: device for device in self._devices}
+        frontends = {child.process.sentinel: (child, device) for device in self._devices for child in device.frontends}
         while workers or frontends:
             for sentinel in connection.wait([*workers, *frontends]):
                 if sentinel in workers:

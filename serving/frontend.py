@@ -46,8 +46,6 @@ def run_frontend(pipe: Connection, instances: Sequence[Instance], heartbeat: np.
     from serving.pytriton_internals import start_handlers
 
     assigned = {number: instances[position] for position, number in assignment.numbers.items()}
-    for instance in assigned.values():
-        instance.outputs = assignment.config.outputs
     threads = start_handlers(assignment.config, assigned)
     survive_server()
     pipe.send(True)

@@ -13,7 +13,7 @@ from serving.errors import InferenceFailed, InvalidRequest, RequestError
 from serving.lifecycle import Lifecycle
 from serving.traffic import STOPPING, Traffic
 
-STRINGS = "OS"  # the kinds of numpy's dtypes for them
+STRING_KINDS = "OS"  # of numpy's dtypes
 
 LOGGER = logging.getLogger("server")
 
@@ -80,9 +80,9 @@ def check_outputs(outputs: Sequence[TensorSpec], requested: Sequence[str], respo
         if name not in declared:
             raise InferenceFailed(f"the output {name} is not declared")
         dtype, shape = np.dtype(declared[name].dtype), declared[name].shape
-        is_type = array.dtype == dtype or (array.dtype.kind in STRINGS and dtype.kind in STRINGS)
-        is_rank = array.ndim == len(shape)
-        if not (is_type and is_rank and all(map(_is_size, shape, array.shape))):
+        same_type = array.dtype == dtype or (array.dtype.kind in STRING_KINDS and dtype.kind in STRING_KINDS)
+        same_rank = array.ndim == len(shape)
+        if not same_type or not same_rank or any(n not in (-1, m) for n, m in zip(shape, array.shape, strict=True)):
             found = _describe(array.dtype, array.shape)
             raise InferenceFailed(f"the output {name} is declared as {_describe(dtype, shape)}, but is {found}")
         if array.size == 0:
@@ -93,9 +93,5 @@ def check_outputs(outputs: Sequence[TensorSpec], requested: Sequence[str], respo
         raise InferenceFailed(f"the output {missing[0]} is missing")
 
 
-def _is_size(declared: int, size: int) -> bool:
-    return declared in (-1, size)
-
-
 def _describe(dtype: np.dtype, shape: Sequence[int]) -> str:
-    return f"{'strings' if dtype.kind in STRINGS else dtype} {list(shape)}"
+    return f"{'strings' if dtype.kind in STRING_KINDS else dtype} {list(shape)}"

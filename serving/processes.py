@@ -33,11 +33,6 @@ class Child:
         self.process.start()
         child_end.close()
 
-    @property
-    def sentinel(self) -> int:
-        """The argument of ``multiprocessing.connection.wait`` to wait for the end of the process."""
-        return self.process.sentinel
-
     def send(self, message: object) -> None:
         """Send an object to the child. If the child has exited, :meth:`receive` says so."""
         with contextlib.suppress(ConnectionError):

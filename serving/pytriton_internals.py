@@ -172,6 +172,7 @@ def start_handlers(config: TritonModelConfig, instances: Mapping[int, Instance])
     validator = TritonResultsValidator(config, strict=False)
     threads = []
     for number, instance in instances.items():
+        instance.outputs = config.outputs
         socket = workspace / f"{config.model_name}_0_{number}-server.sock"
         connector = RequestsResponsesConnector(f"ipc://{socket}", store)
         handler = InferenceHandler(instance, connector, validator, f"instance {number}")

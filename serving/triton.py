@@ -138,7 +138,9 @@ class Triton:
             raise ServerError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
         finally:
             started.set()
-            self._environments = set(Path("/tmp").glob(ENVIRONMENTS)) - environments
+        created = set(Path("/tmp").glob(ENVIRONMENTS)) - environments
+        if len(created) == 1:  # otherwise, the others belong to servers that start at the same time
+            self._environments = created
 
     def _watch_helpers(
         self, triton: pytriton.triton.Triton, helpers: Sequence[psutil.Process], sockets: Sequence[Path]

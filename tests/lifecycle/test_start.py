@@ -264,13 +264,19 @@ def test_a_port_in_use_is_named_with_its_option(flag):
 
 
 TAKE_PORTS_LATER = """
+import os
 import serving.triton
-check = serving.triton._check_ports
+from pytriton.server.triton_server import TritonServer
+check, start = serving.triton._check_ports, TritonServer.start
 
 def pass_once(_config):
     serving.triton._check_ports = check
 
-serving.triton._check_ports = pass_once
+def start_with_another(self):
+    os.mkdir({folder!r})
+    start(self)
+
+serving.triton._check_ports, TritonServer.start = pass_once, start_with_another
 sys.argv += {arguments}
 """
 
@@ -278,7 +284,8 @@ sys.argv += {arguments}
 def test_of_two_servers_that_start_together_one_names_the_port_and_the_other_one_serves(servers, tmp_path):
     first = servers["environment"]
     ports = ["--http-port", str(first.http_port), "--grpc-port", str(first.grpc_port)]
-    script = patched_toy(tmp_path, TAKE_PORTS_LATER.format(arguments=ports))
+    folder = Path(f"/tmp/python_env_{first.http_port}")  # like those that Triton creates
+    script = patched_toy(tmp_path, TAKE_PORTS_LATER.format(arguments=ports, folder=str(folder)))
     with start_toy(tmp_path / "log", script=script, environment={"TRITON_ACCESS_TOKEN": TOKEN}) as second:
         assert second.process.wait(timeout=30) == 2
         assert second.log.read_text().splitlines()[-1] == (
@@ -286,6 +293,7 @@ def test_of_two_servers_that_start_together_one_names_the_port_and_the_other_one
             "choose another --http-port or --address"
         )
         assert second.left_behind() == []
+    folder.rmdir()  # it is still there
     for protocol in PROTOCOLS:
         assert (first.connect(protocol).infer(PHOTO)["inverted"][0] == 255 - decode(PHOTO)).all()
 

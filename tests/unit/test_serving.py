@@ -282,6 +282,17 @@ def test_an_exception_of_the_stages_is_logged_and_the_client_gets_a_sentence(com
         assert log_file.read_text().count(f"\n{reason}") == 1
 
 
+def test_a_message_that_quotes_a_large_input_is_cut_and_costs_no_worker():
+    def compute(jobs):
+        raise InvalidRequest(f"what is {''.join(notes(jobs)) * 100}?")
+
+    with Forked(compute, 1, 1) as forked:
+        for _ in range(2):
+            with pytest.raises(InvalidRequest, match=r"^what is x{1000}") as error:
+                call(forked.channels[0], "x" * 20_000)
+            assert len(str(error.value)) <= 10_000
+
+
 @pytest.mark.parametrize("how", ["exit", "bug"])
 def test_callers_get_an_error_when_the_other_process_exits(how, monkeypatch):
     if how == "bug":
