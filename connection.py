@@ -290,7 +290,7 @@ class Connection:
                 sentence = f"{sentence}. Set --api-key, or API_KEY in the environment"
             transient = error.status() in BUSY or any(words in sentence for words in TRANSIENT)
             return InferenceError(sentence, transient, denied)
-        if isinstance(error, TimeoutError):
+        if isinstance(error, TimeoutError) and not error.errno:  # not the kernel's
             return InferenceError(f"no response within {REQUEST_TIMEOUT_S:g} s")
         if isinstance(error, (OSError, HTTPException)):
             # A proxy that stops ends a handshake.
