@@ -118,7 +118,7 @@ class OutputFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._open_record("a").close()
         except OSError as error:
-            raise ClientError(f"--output-dir: cannot create {error.filename} ({error.strerror})") from error
+            raise ClientError(f"--output-dir: cannot write {error.filename} ({error.strerror})") from error
 
     def wrote(self, file: Path) -> bool:
         """Return whether the client wrote this file of the folder, and the file is unchanged."""

@@ -197,10 +197,7 @@ def test_a_record_that_is_not_a_file_is_neither_waited_for_nor_written(run_clien
     record = tmp_path / RECORD
     {"a link": lambda: record.symlink_to(other), "a pipe": lambda: os.mkfifo(record), "a folder": record.mkdir}[kind]()
     done = run_client("--url", "http://127.0.0.1:9", "--image-paths", PERSON, "--mask")
-    assert (done.status, done.err) == (
-        2,
-        f"client.py: --output-dir: cannot create {RECORD} (it is not a file)\n",
-    )
+    assert (done.status, done.err) == (2, f"client.py: --output-dir: cannot write {RECORD} (it is not a file)\n")
     assert other.read_text() == "precious"
 
 
