@@ -543,7 +543,7 @@ def test_without_shared_memory_the_server_says_how_to_get_it(tmp_path):
         assert server.process.wait(timeout=30) == 2
         line = server.log.read_text().splitlines()[-1]
         assert line.startswith(
-            "toy_server.py: /dev/shm has only 1 MB free, too little for any request: use docker run --shm"
+            "toy_server.py: /dev/shm has only 1 MB free, not enough for any request: use docker run --shm"
         )
 
 
