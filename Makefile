@@ -38,7 +38,7 @@ serve: .venv/run
 page: .venv/run
 	@$(BIN)/python -m tools.page --port $(PORT)
 
-# The files with the slowest tests come first, so that both processes are done at about the same time.
+# The slowest files come first, so that both processes end at about the same time.
 TESTS := tests/lifecycle tests/served tests/unit
 
 test: .venv/dev
