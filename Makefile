@@ -38,8 +38,8 @@ serve: .venv/run
 page: .venv/run
 	@$(BIN)/python -m tools.page --port $(PORT)
 
-# The files with the slowest tests come first, so that both processes end at about the same time. One thread of OpenMP
-# in each, because several would wait for each other in busy loops while the other process needs the core.
+# The slowest files come first, so that both processes end at about the same time. One thread of OpenMP in each:
+# several would wait for each other in busy loops while the other process needs the core.
 TESTS := tests/lifecycle tests/served tests/unit
 
 test: .venv/dev

@@ -123,7 +123,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     paths = "photos to send: files, folders and patterns such as 'photos/*.jpg' (default: images/orig.jpg)"
     add_optional("--image-paths", nargs="+", metavar="PATH", help=paths)
     add_flag("--dump-images", help="write orig0.jpg, segm0.jpg, orig1.jpg, ... in the order of the photos")
-    add("--format", choices=FORMATS, default="raw", help="of the cut-out from the server; files are written unchanged")
+    add("--format", choices=FORMATS, default="raw", help="format of the cut-out; files are written unchanged")
     add_flag("--mask", help="write mask0.png, ...: white where the class was found")
     add_flag("--probability", help="write probability0.png, ...: white where the class is certain")
     add_flag("--labels", help="write labels0.png, ...: the color of the most probable class")

@@ -45,6 +45,7 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
     photos: list[PhotoFile] = []
     skipped: Counter[str] = Counter()
     output_folder = functools.cache(OutputFolder)
+    real_output_dir = os.path.realpath(output_dir) if output_dir else None
 
     def is_own(file: Path) -> bool:
         is_own = output_folder(file.parent).wrote(file)
@@ -53,24 +54,24 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
 
     for pattern in patterns:
         path = Path(pattern)
-        if path.is_dir():
-            try:
+        try:
+            if path.is_dir():
                 files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
-            except OSError as error:
-                photos.append(PhotoFile(path, f"cannot be read ({error.strerror})"))
+                found = [file for file in files if file.suffix.lower() in PHOTO_EXTENSIONS]
+                extensions = [file.suffix.lower() for file in files if file.is_file()]
+                skipped.update(kind or "without an extension" for kind in extensions if kind not in PHOTO_EXTENSIONS)
+                nothing = f"contains no photos ({', '.join(sorted(PHOTO_EXTENSIONS))})"
+            elif os.path.lexists(path) or not glob.has_magic(pattern):
+                if os.path.realpath(path.parent) != real_output_dir or not is_own(path):
+                    photos.append(PhotoFile(path, problem_of(path)))
                 continue
-            found = [file for file in files if file.suffix.lower() in PHOTO_EXTENSIONS]
-            others = [file.suffix.lower() for file in files if file.is_file()]
-            skipped.update(kind or "without an extension" for kind in others if kind not in PHOTO_EXTENSIONS)
-            nothing = f"contains no photos ({', '.join(sorted(PHOTO_EXTENSIONS))})"
-        elif os.path.lexists(path) or not glob.has_magic(pattern):
-            if not (output_dir and os.path.realpath(path.parent) == os.path.realpath(output_dir) and is_own(path)):
-                photos.append(PhotoFile(path, problem_of(path)))
+            else:
+                files = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute pattern
+                found = [file for file in files if not file.is_dir()]
+                nothing = "matches no file"
+        except OSError as error:
+            photos.append(PhotoFile(path, f"cannot be read ({error.strerror})"))
             continue
-        else:
-            files = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute pattern
-            found = [file for file in files if not file.is_dir()]
-            nothing = "matches no file"
         if not found:
             photos.append(PhotoFile(path, nothing))
         photos += [PhotoFile(file, problem_of(file)) for file in found if not is_own(file)]
@@ -117,7 +118,7 @@ class OutputFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._open_record("a").close()
         except OSError as error:
-            raise ClientError(f"--output-dir: cannot create {error.filename} ({error.strerror})") from error
+            raise ClientError(f"--output-dir: cannot write {error.filename} ({error.strerror})") from error
 
     def wrote(self, file: Path) -> bool:
         """Return whether the client wrote this file of the folder, and the file is unchanged."""

@@ -107,7 +107,7 @@ class Connection:
     def wait_for_model(self, timeout_s: float) -> None:
         """Return when the model is ready. Raises ClientError if it is not within ``timeout_s`` seconds.
 
-        An error that waiting does not fix, such as a wrong certificate, key or port, is raised immediately.
+        An error that waiting does not fix, such as a wrong certificate, key or port, is raised within seconds.
         """
         began = time.monotonic()
         announced = port_checked = False
@@ -179,17 +179,17 @@ class Connection:
         if protocol == "other":
             ports = "by default, port 8000 is for HTTP and 8001 for gRPC"
             raise ClientError(f"{self.url}: this port is not for inference requests: {ports}")
-        # Triton only closes the connection if it gets TLS, and so does a proxy with TLS that stops. A response tells.
+        # Triton ends a TLS handshake, but so does a stopping proxy that uses TLS. Only a response tells them apart.
         scheme = (protocol or self._scheme.rstrip("s")) + "s" * tls if protocol or tls else self._scheme
         if scheme != self._scheme:
-            name = ", with the name in its certificate" * (tls and not self._tls)
+            name = ", but with the host name in its certificate" * (tls and not self._tls)
             raise ClientError(f"{self.url}: this port is for {scheme}: set --url {scheme}://{self._address}{name}")
         return True
 
     def _probe_port(self, context: ssl.SSLContext | None) -> str:
-        """Return the protocol of the port, ``http``, ``grpc``, ``other`` or an empty string if it is unclear.
+        """Return the protocol of the port, ``http``, ``grpc`` or ``other``, or an empty string if it is unclear.
 
-        With a ``context``, ask it over TLS. Raises OSError.
+        With a ``context``, ask over TLS. Raises OSError.
         """
         response = b""
         with (
@@ -290,7 +290,7 @@ class Connection:
                 sentence = f"{sentence}. Set --api-key, or API_KEY in the environment"
             transient = error.status() in BUSY or any(words in sentence for words in TRANSIENT)
             return InferenceError(sentence, transient, denied)
-        if isinstance(error, TimeoutError):
+        if isinstance(error, TimeoutError) and not error.errno:  # with one, the kernel gave up on the connection
             return InferenceError(f"no response within {REQUEST_TIMEOUT_S:g} s")
         if isinstance(error, (OSError, HTTPException)):
             # A proxy that stops ends a handshake.
@@ -332,7 +332,7 @@ class Connection:
             # By default, gRPC waits up to two minutes before it reconnects to a server that was restarted.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 2000),
-            ("grpc.enable_http_proxy", 0),  # of the environment; over HTTP, Triton's client ignores it as well
+            ("grpc.enable_http_proxy", 0),  # Triton's client for HTTP ignores http_proxy as well
         ]
         return self._triton.InferenceServerClient(
             self._address, ssl=self._tls, root_certificates=self._certificates, channel_args=options
@@ -354,7 +354,7 @@ def _system_certificates() -> str | None:
 
 
 def _check_certificates(option: str, file: str | None) -> None:
-    """Raise ClientError if a file with certificates is not one."""
+    """Raise ClientError if the file contains no certificates or cannot be read."""
     try:
         _tls_context(file)
     except ssl.SSLError:

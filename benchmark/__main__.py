@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 from benchmark.cases import CASES, STAGES_ROW, Case
 from benchmark.photos import ROOT
-from tools.launch import exit_on_signals
+from tools.launch import LaunchedServer, exit_on_signals, free_ports
 
 # By the type of the device. On a CPU, the requests in flight at the end of a measurement take seconds to finish.
 DEFAULTS = {
@@ -139,7 +139,6 @@ def running_servers(names: Iterable[str], device: str, server_command: str) -> I
     """Start the servers in parallel. Yield them by name when all are ready: LaunchedServers, and a similar proxy."""
     from server import MODEL_NAME
     from serving.triton import MALLOC_ENVIRONMENT
-    from tools.launch import LaunchedServer
 
     commands = {"plain": ["-m", "benchmark.plain"], "ceiling": ["-m", "benchmark.ceiling"]}
     commands["server"] = shlex.split(server_command)
@@ -164,9 +163,8 @@ def running_servers(names: Iterable[str], device: str, server_command: str) -> I
 
 
 @contextlib.contextmanager
-def running_proxy(server) -> Iterator[SimpleNamespace]:
-    """Start the proxy in front of a LaunchedServer, without keys. Yield the server with the addresses of the proxy."""
-    from tools.launch import free_ports
+def running_proxy(server: LaunchedServer) -> Iterator[SimpleNamespace]:
+    """Start the proxy in front of a server, without keys. Yield the server with the addresses of the proxy."""
     from tools.page import NGINX, configure, running_nginx
 
     if not NGINX:

@@ -43,7 +43,7 @@ def main() -> None:
         return [{name: np.asarray(batch.as_cpu()[0])[None] for name, batch in outputs.items()}]
 
     outputs = [tensor for tensor in OUTPUTS if tensor.name in ("original", "segmented")]
-    exit_on_signals()  # PyTriton does not, and would leave its workspace behind
+    exit_on_signals()  # otherwise, PyTriton's workspace would remain
     prepare_environment()  # so that Triton finds the libpython of this interpreter
     with Triton(config=configure(options)) as triton:
         triton.bind(

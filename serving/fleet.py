@@ -211,14 +211,14 @@ class Fleet:
 
         If the server is killed, they kill the process with the ID ``triton``, and remove ``folders``.
         """
-        frontends = [process for device in self._devices for process in device.frontends]
-        for process in frontends:
-            process.send(Assignment(model.triton_config, process.numbers, triton, folders))
-        for process in frontends:
-            if not process.pipe.poll(CONNECT_TIMEOUT_S):
+        frontends = [frontend for device in self._devices for frontend in device.frontends]
+        for frontend in frontends:
+            frontend.send(Assignment(model.triton_config, frontend.numbers, triton, folders))
+        for frontend in frontends:
+            if not frontend.pipe.poll(CONNECT_TIMEOUT_S):
                 raise ServerError(f"a frontend did not start within {CONNECT_TIMEOUT_S} s")
-            process.receive()
-            watchdog = Watchdog(process.beats, self._options.triton_timeout_s, self._on_frontend_hang)
+            frontend.receive()
+            watchdog = Watchdog(frontend.beats, self._options.triton_timeout_s, self._on_frontend_hang)
             self._watchdogs.enter_context(watchdog)
         LOGGER.debug("frontends: %d", len(frontends))
 
@@ -253,6 +253,6 @@ class Fleet:
         for instance in device.instances:
             instance.channel.close()
 
-    def _lose_frontend(self, process: _Frontend, device: _Device) -> None:
-        self.traffic.forget([device.instances[position].number for position in process.numbers])
+    def _lose_frontend(self, frontend: _Frontend, device: _Device) -> None:
+        self.traffic.forget([device.instances[position].number for position in frontend.numbers])
         self._lifecycle.fail("stopping: a frontend exited")

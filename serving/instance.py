@@ -71,7 +71,7 @@ class Instance:
 
 
 def check_outputs(outputs: Sequence[TensorSpec], requested: Sequence[str], response: Mapping[str, np.ndarray]) -> None:
-    """Raise InferenceFailed if a response, without a batch dimension, is not as the model's outputs are declared.
+    """Raise InferenceFailed if a response, without a batch dimension, does not match the declared outputs.
 
     PyTriton's stub process would otherwise drop an output, or hang forever because it cannot convert one.
     """

@@ -160,7 +160,7 @@ def fit_shared_memory(
         size = int(needed(wanted_size) <= free)
     advice = f"use docker run --shm-size {math.ceil(wanted / 2**30)}gb, or make /dev/shm larger"
     if size < 1:
-        raise UsageError(f"/dev/shm has only {free / 1e6:,.0f} MB free, too little for any request: {advice}")
+        raise UsageError(f"/dev/shm has only {free / 1e6:,.0f} MB free, not enough for any request: {advice}")
     limited = f", with --{name.replace('_', '-')} {size}" if name else ""
     return (
         instances,

@@ -54,8 +54,8 @@ class Child:
 
 def _run(parent: int, kind: str, main: Callable[..., None], pipe: object, *arguments: object) -> None:
     """Entry point of a child."""
-    # Ctrl-C in a terminal, or closing it, reaches this process as well. Ignore it: the server drains requests first. So
-    # does Ctrl-Z. Triton and the frontends continue, and would take a suspended worker for one that hangs.
+    # A terminal also signals this process. Ignore Ctrl-C and the closing of the terminal: the server drains requests
+    # first. Ignore Ctrl-Z: Triton and the frontends continue, and would take a suspended worker for one that hangs.
     for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
         signal.signal(signal_number, signal.SIG_IGN)
     _prctl(PR_SET_NAME, kind.encode())

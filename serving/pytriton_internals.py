@@ -31,13 +31,14 @@ from pytriton.triton import Triton
 from serving.instance import Instance
 from serving.options import DEFAULT_PORTS
 
-LISTEN_TIMEOUT_S = 30  # after which PyTriton tries to connect
+LISTEN_TIMEOUT_S = 30  # then, PyTriton tries to connect anyway
 
 # The attributes that the classes below override or call. The import of this file fails if one is missing.
 _ = (
     pytriton.triton.Model,
     pytriton.triton.TritonServer,
     TritonServer.start,
+    TritonServer.is_alive,
     TritonServer._record_logs,
     sh.Command._call_args,
     Model.setup,
@@ -113,7 +114,7 @@ class FrontendModel(Model):
 
 
 class TritonProcess(TritonServer):
-    """PyTriton's process of Triton, in a session of its own."""
+    """PyTriton's tritonserver process, in its own session."""
 
     _output = b""  # since the last line
 
@@ -125,17 +126,17 @@ class TritonProcess(TritonServer):
         sh.Command._call_args["new_session"] = True  # PyTriton does not pass this argument
         super().start()
         # PyTriton would load the model into any Triton at its address, such as that of a server with the same ports.
-        process, deadline = psutil.Process(self._tritonserver_running_cmd.pid), time.monotonic() + LISTEN_TIMEOUT_S
-        while not self._listens(process) and time.monotonic() < deadline:
+        deadline = time.monotonic() + LISTEN_TIMEOUT_S
+        while not self._listens() and time.monotonic() < deadline:
             if not self.is_alive():
                 raise RuntimeError("it exited")
             time.sleep(0.05)
 
-    def _listens(self, process: psutil.Process) -> bool:
+    def _listens(self) -> bool:
         config = self._server_config
         ports = {config[f"{name}-port"] for name in DEFAULT_PORTS if config[f"allow-{name}"] in (True, None)}
         with contextlib.suppress(psutil.Error):
-            connections = process.net_connections("tcp")
+            connections = psutil.Process(self._tritonserver_running_cmd.pid).net_connections("tcp")
             return ports <= {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
         return False
 
@@ -155,7 +156,7 @@ def bind(triton: Triton, **model: object) -> FrontendModel:
     pytriton.triton.TritonServer = TritonProcess
     triton.bind(**model)
     (bound,) = triton._model_manager.models
-    # It would unload the model from another Triton, if one listens at the address after this one has stopped.
+    # PyTriton calls this after Triton has stopped, and would unload the model from another Triton at its address.
     triton._model_manager.clean = lambda: None
     return bound
 

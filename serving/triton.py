@@ -132,14 +132,14 @@ class Triton:
             triton.run()
         except Exception as error:
             if not _tritonservers():
-                _check_ports(self._config)  # another program has taken one since the first check
+                _check_ports(self._config)  # another program may have taken one since the first check
             # The relevant line of an exception in one of Triton's stub processes is in the middle of a traceback.
             lines = str(error).split("\nAt:\n")[0].strip().splitlines() or [type(error).__name__]
             raise ServerError(f"Triton did not start ({lines[-1]}); --verbose shows its log") from error
         finally:
             started.set()
         created = set(Path("/tmp").glob(ENVIRONMENTS)) - environments
-        if len(created) == 1:  # otherwise, the others belong to servers that start at the same time
+        if len(created) == 1:  # otherwise, nothing shows which of them belong to other servers
             self._environments = created
 
     def _watch_helpers(

@@ -93,7 +93,7 @@ class LaunchedServer:
     def wait_for(self, process: subprocess.Popen) -> int:
         """Wait for the end of a process, and return its exit status, or that of the server if it ends first.
 
-        After signal N, it is 128 + N, as in a shell.
+        After signal N, this is 128 + N, as in a shell.
         """
         while process.poll() is None and self.process.poll() is None:
             time.sleep(0.1)
@@ -113,10 +113,10 @@ def running(command: Sequence[object], **options: object) -> Iterator[subprocess
 
 
 def exit_on_signals() -> None:
-    """Let the first SIGINT, SIGTERM or SIGHUP end the process through SystemExit, which exits the blocks it is in.
+    """Make the first SIGINT, SIGTERM or SIGHUP raise SystemExit, so that ``with`` blocks clean up.
 
-    Further ones are ignored, so that they do not interrupt the clean-up: ``timeout`` sends two. The exit status is
-    128 + N after signal N, as in a shell.
+    Further ones are ignored, so that they do not interrupt the clean-up: ``timeout`` sends two. After signal N, the
+    exit status is 128 + N, as in a shell.
     """
     signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 

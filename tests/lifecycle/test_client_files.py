@@ -197,10 +197,7 @@ def test_a_record_that_is_not_a_file_is_neither_waited_for_nor_written(run_clien
     record = tmp_path / RECORD
     {"a link": lambda: record.symlink_to(other), "a pipe": lambda: os.mkfifo(record), "a folder": record.mkdir}[kind]()
     done = run_client("--url", "http://127.0.0.1:9", "--image-paths", PERSON, "--mask")
-    assert (done.status, done.err) == (
-        2,
-        f"client.py: --output-dir: cannot create {RECORD} (it is not a file)\n",
-    )
+    assert (done.status, done.err) == (2, f"client.py: --output-dir: cannot write {RECORD} (it is not a file)\n")
     assert other.read_text() == "precious"
 
 
@@ -257,7 +254,8 @@ def test_an_unreadable_file_in_a_folder_does_not_keep_the_others_from_being_sent
         (folder / name).touch()
     for name in ("cat.jfif", "cat.jpe"):
         shutil.copy(CAT, folder / name)
-    done = run_client("--url", mask_server.http_url, "--image-paths", "folder", "missing.jpg", "*.missing")
+    paths = ("folder", "missing.jpg", "*.missing", 300 * "x")
+    done = run_client("--url", mask_server.http_url, "--image-paths", *paths)
     assert done.status == 1
     assert "skipping 2 files: 1 .txt, 1 .heic\n" in done.err
     for reason in (
@@ -266,9 +264,10 @@ def test_an_unreadable_file_in_a_folder_does_not_keep_the_others_from_being_sent
         "folder/pipe.jpg: is not a file",
         "missing.jpg: cannot be read (No such file or directory)",
         "*.missing: matches no file",
+        "xxx: cannot be read (File name too long)",
     ):
         assert f"{reason}\n" in done.err
-    assert "client.py: 7 of 7 photos, 5 failed, " in done.err
+    assert "client.py: 8 of 8 photos, 6 failed, " in done.err
     assert {line.split(":")[0] for line in done.out.splitlines()} == {"folder/cat.jfif", "folder/cat.jpe"}
 
 

@@ -157,7 +157,7 @@ def test_photos_go_through_the_proxy_with_tls_and_a_key_that_is_never_shown(run_
             (
                 f"{scheme}://localhost:{{{right}_port}}",
                 True,
-                f"this port is for {right}: set --url {right}://localhost:",
+                f"this port is for {right}: set --url {right}://localhost:{{{right}_port}}",
             )
             for scheme, right in product([*PROTOCOLS, "https", "grpcs"], ["https", "grpcs"])
             if scheme != right

@@ -173,7 +173,7 @@ LACKING = {
 }
 
 # Runs a toy server for each piece of code, which changes it first. PyTriton is imported only once, which saves a second
-# for each. A server's output is in a file, and its status is the name of another one.
+# for each. A server writes its output into one file; the name of another file contains its exit status.
 RUN_EACH = """
 import os
 from pathlib import Path
@@ -204,7 +204,7 @@ sys.exit()
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list[str]]:
-    """Returns the lines of a server that was changed and ended with a status."""
+    """Returns the lines that a changed server has printed, and checks its exit status."""
     folder = tmp_path_factory.mktemp("ended")
     codes = {what: code for what, (code, *_) in (NOT_STARTED | WRONG_STAGES | LACKING).items()}
     with start_toy(folder / "log", script=patched_toy(folder, RUN_EACH.format(codes=codes))) as server:
@@ -543,7 +543,7 @@ def test_without_shared_memory_the_server_says_how_to_get_it(tmp_path):
         assert server.process.wait(timeout=30) == 2
         line = server.log.read_text().splitlines()[-1]
         assert line.startswith(
-            "toy_server.py: /dev/shm has only 1 MB free, too little for any request: use docker run --shm"
+            "toy_server.py: /dev/shm has only 1 MB free, not enough for any request: use docker run --shm"
         )
 
 

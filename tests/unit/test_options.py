@@ -117,7 +117,7 @@ def test_an_error_in_the_clients_options_is_one_line(arguments, expected, capsys
     [
         (["--image-paths", "missing.jpg"], "--image-paths: missing.jpg cannot be read (No such file or directory)"),
         (["--image-paths", "*.missing"], "--image-paths: *.missing matches no file"),
-        (["--dump-images", "--output-dir", "/proc/nothing"], "--output-dir: cannot create /proc/nothing ("),
+        (["--dump-images", "--output-dir", "/proc/nothing"], "--output-dir: cannot write /proc/nothing ("),
         (["--url", "ftp://127.0.0.1:8000"], "--url must be http://host:port, grpc://host:port, https://"),
         (["--url", "http://127.0.0.1:999999"], "--url http://127.0.0.1:999999: Port out of range"),
         (["--url", "http://"], "--url must be"),

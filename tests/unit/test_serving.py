@@ -742,7 +742,7 @@ def test_with_little_shared_memory_there_are_fewer_instances_and_smaller_photos(
     instances, options, _ = fit_shared_memory(Sized, OPTIONS, 12, 64 << 20)
     assert instances == 1
     assert options.max_pixels > 1_000_000
-    with pytest.raises(UsageError, match="too little for any request: use docker run --shm-size 10gb"):
+    with pytest.raises(UsageError, match="not enough for any request: use docker run --shm-size 10gb"):
         fit_shared_memory(Sized, OPTIONS, 12, 1 << 20)
 
 
@@ -754,7 +754,7 @@ def test_without_a_size_option_there_are_only_fewer_instances():
     )
     assert "--" not in warning.replace("--shm-size", "")
     assert fit_shared_memory(Fixed, OPTIONS, 12, 866 * 10**6)[0] == 1
-    with pytest.raises(UsageError, match="too little for any request: use docker run --shm-size 10gb"):
+    with pytest.raises(UsageError, match="not enough for any request: use docker run --shm-size 10gb"):
         fit_shared_memory(Fixed, OPTIONS, 12, 864 * 10**6)
 
 
