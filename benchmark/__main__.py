@@ -114,14 +114,14 @@ def measure_all(options: argparse.Namespace) -> dict:
 
 def measure_servers(cases: Sequence[Case], device: str, options: argparse.Namespace) -> list[dict]:
     """Measure the servers in rotation. Return a row for each case and number of photos in flight."""
-    from benchmark.load import measure, start_processes
+    from benchmark.load import measure, running_processes
     from benchmark.report import make_row
 
     max_in_flight = max(options.concurrency)
     tasks = [(case, in_flight) for in_flight in options.concurrency for case in cases]
     measurements: list[list] = [[] for _ in tasks]
     names = dict.fromkeys(case.server for case in cases)
-    with running_servers(names, device, options.server) as servers, start_processes(max_in_flight) as pool:
+    with running_servers(names, device, options.server) as servers, running_processes(max_in_flight) as pool:
         for case in cases:
             progress(f"warming up: {case.name}")
             responses = measure(pool, servers[case.server], case, max_in_flight, WARM_UP_S).responses

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generates the load: each process keeps one photo in flight, over HTTP or gRPC."""
 
+import contextlib
 import functools
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import NamedTuple
 
 from benchmark.cases import Case
@@ -36,12 +38,17 @@ class Measurement(NamedTuple):
     cpu_seconds: Counter[str]  # see cpu.py
 
 
-def start_processes(count: int) -> ProcessPoolExecutor:
-    """Return a pool whose processes have all started. Threads would compete for the GIL."""
+@contextlib.contextmanager
+def running_processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool whose processes have all started. Threads would compete for the GIL."""
     context = get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, initializer=_prepare, initargs=(context.Barrier(count),))
-    wait([pool.submit(int) for _ in range(count)])
-    return pool
+    with ProcessPoolExecutor(count, context, initializer=_prepare, initargs=(context.Barrier(count),)) as pool:
+        try:
+            wait([pool.submit(int) for _ in range(count)])
+            yield pool
+        finally:
+            for process in active_children():  # after Ctrl-C, they may wait for each other
+                process.kill()
 
 
 def measure(

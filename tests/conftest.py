@@ -215,7 +215,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def mask_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server for the client, without a network. It takes up to five photos at the same time."""
     log = tmp_path_factory.mktemp("mask_server") / "log"
-    with running_server(log, "--max-queue", 4, script=ROOT / "tests" / "mask_server.py") as server:
+    with running_server(log, "--max-queue", 4, "--drain-s", 0, script=ROOT / "tests" / "mask_server.py") as server:
         yield server
 
 

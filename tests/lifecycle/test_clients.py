@@ -63,7 +63,7 @@ def test_a_full_queue_costs_no_photo(run_client, mask_server, photos, protocol):
 
 
 def test_a_restart_of_the_server_costs_no_photo(mask_server, photos, tmp_path):
-    folder = photos(200)
+    folder = photos(120)
     clients = {}
     for protocol in PROTOCOLS:
         options = ("--format", "png", "--keep-names", "--output-dir", tmp_path / protocol, "--concurrency", "2")
@@ -74,14 +74,14 @@ def test_a_restart_of_the_server_costs_no_photo(mask_server, photos, tmp_path):
     written = {protocol: partial(lambda out: [*out.glob("*.png")], tmp_path / protocol) for protocol in PROTOCOLS}
     wait_for(lambda: all(len(files()) > 20 for files in written.values()))
     restart(mask_server)
-    assert all(len(files()) < 200 for files in written.values())
+    assert all(len(files()) < 120 for files in written.values())
     for protocol, client in clients.items():
         with client:
             _, said = client.communicate(timeout=120)
         assert "retrying" in said
-        assert "client.py: 200 of 200 photos, 0 failed, " in said
+        assert "client.py: 120 of 120 photos, 0 failed, " in said
         assert client.returncode == 0
-        assert len(written[protocol]()) == 200
+        assert len(written[protocol]()) == 120
 
 
 def test_of_a_hundred_clients_none_loses_a_photo(mask_server):
