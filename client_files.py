@@ -67,7 +67,7 @@ def find_photos(patterns: Sequence[str], output_dir: Path | None = None) -> list
                 continue
             else:
                 files = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute pattern
-                found = [file for file in files if not file.is_dir()]
+                found = [file for file in files if file.suffix.lower() in PHOTO_EXTENSIONS or not file.is_dir()]
                 nothing = "matches no file"
         except OSError as error:
             photos.append(PhotoFile(path, f"cannot be read ({error.strerror})"))
@@ -116,6 +116,8 @@ class OutputFolder:
         """Create the folder unless it exists. Raises ClientError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.folder)
             self._open_record("a").close()
         except OSError as error:
             raise ClientError(f"--output-dir: cannot write {error.filename} ({error.strerror})") from error

@@ -170,6 +170,8 @@ class Connection:
                     advice = "use the host name of the certificate in --url"
                 elif "expired" in error.verify_message:
                     advice = "renew it"
+                elif "not yet valid" in error.verify_message:
+                    advice = "check the clocks of both machines"
                 reason = error.verify_message.rstrip(".")
                 raise ClientError(f"{self.url}: the server's certificate is not trusted ({reason}): {advice}") from None
             except (ssl.SSLError, ConnectionError):

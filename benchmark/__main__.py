@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 from benchmark.cases import CASES, STAGES_ROW, Case
 from benchmark.photos import ROOT
-from tools.launch import LaunchedServer, exit_on_signals, free_ports
+from tools.launch import DIE_WITH_PARENT, LaunchedServer, exit_on_signals, free_ports
 
 # By the type of the device. On a CPU, the requests in flight at the end of a measurement take seconds to finish.
 DEFAULTS = {
@@ -147,7 +147,9 @@ def running_servers(names: Iterable[str], device: str, server_command: str) -> I
         # The proxy forwards requests to the ceiling.
         for name in dict.fromkeys("ceiling" if name == "proxy" else name for name in names):
             command = [*commands[name], "--device", device]
-            servers[name] = stack.enter_context(LaunchedServer(command, cwd=ROOT, stdout=sys.stderr))
+            servers[name] = stack.enter_context(
+                LaunchedServer(command, prefix=DIE_WITH_PARENT, cwd=ROOT, stdout=sys.stderr)
+            )
         # A server takes seconds to stop, so signal all of them before waiting for any.
         stack.callback(lambda: [server.process.terminate() for server in servers.values()])
         for name, server in servers.items():
@@ -186,7 +188,10 @@ def main() -> None:
     exit_on_signals()
     report = measure_all(options)
     print(tables(report), flush=True)  # first, in case the disk is full
-    options.output.write_text(json.dumps(report, indent=2) + "\n")
+    try:
+        options.output.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        sys.exit(f"benchmark: cannot write {options.output} ({error.strerror})")
     if "plot" in options:
         plot(report, options.plot)
 

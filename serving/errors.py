@@ -3,7 +3,9 @@
 
 import logging
 
-MAX_CHARACTERS = 10_000  # of a message for a client, so that it fits into a channel, whatever it quotes
+# Of a message for a client, whatever it quotes. gRPC drops a response if its error takes more than 8 KB, and encodes a
+# character in up to 12 bytes.
+MAX_CHARACTERS = 600
 
 LOGGER = logging.getLogger("server")
 
@@ -18,6 +20,11 @@ class UsageError(ServerError):
     """The server cannot start until the user changes something, such as an option."""
 
     exit_status = 2
+
+
+def printable(text: str) -> str:
+    """Return a text with escape sequences for unprintable characters, such as line breaks."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def start_error(failure: str, error: BaseException) -> ServerError:
@@ -35,9 +42,12 @@ class RequestError(Exception):
     __module__ = "builtins"
     __traceback__ = property(lambda _self: None, lambda _self, _traceback: None)  # contextlib assigns to it
 
+    def __str__(self) -> str:
+        return printable(super().__str__())[:MAX_CHARACTERS]
+
     def __reduce__(self):  # pickle looks up a class in its module, which is not the real one
         known = next(kind for kind in type(self).__mro__ if kind.__name__ in globals())  # or its base
-        return _restore, (known.__name__, str(self)[:MAX_CHARACTERS])
+        return _restore, (known.__name__, str(self))
 
 
 class InvalidRequest(RequestError):

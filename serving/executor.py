@@ -66,12 +66,12 @@ class Executor:
             if len(results) != len(jobs):
                 name = type(self.stages).__name__
                 raise ValueError(f"{name} returned {len(results)} results for a batch of {len(jobs)}")
-            results = [result if isinstance(result, Checked) else Checked(result, True, None) for result in results]
-            responses = [self._store(job, result.outputs) for job, result in zip(jobs, results, strict=True)]
+            outputs = [result.outputs if isinstance(result, Checked) else result for result in results]
+            responses = [self._store(job, output) for job, output in zip(jobs, outputs, strict=True)]
             # Up to here, work for the GPU is only queued, except for the encoding of JPEGs, which blocks.
             self._stream.wait()
         return [
-            response if bool(result.valid) else result.error
+            result.error if isinstance(result, Checked) and not bool(result.valid) else response
             for response, result in zip(responses, results, strict=True)
         ]
 

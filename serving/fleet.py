@@ -139,6 +139,8 @@ class Fleet:
     def _open_channels(self, count: int) -> list[Channel]:
         try:
             request_bytes, response_bytes = map(operator.index, self._stages.limits(self._options))
+            if min(request_bytes, response_bytes) < 0:
+                raise ValueError("they must not be negative")
         except ServerError:
             raise
         except Exception as error:
@@ -206,14 +208,14 @@ class Fleet:
         except Exception as error:
             raise start_error(f"the example of {self._stages.__name__} failed", error) from error
 
-    def connect(self, model: "FrontendModel", triton: int, folders: Sequence[Path]) -> None:
-        """Make the frontends serve the model in Triton. Raises ServerError.
+    def connect(self, model: "FrontendModel", folders: Sequence[Path]) -> None:
+        """Make the frontends serve the model in Triton, and remove ``folders`` if the server is killed.
 
-        If the server is killed, they kill the process with the ID ``triton``, and remove ``folders``.
+        Raises ServerError.
         """
         frontends = [frontend for device in self._devices for frontend in device.frontends]
         for frontend in frontends:
-            frontend.send(Assignment(model.triton_config, frontend.numbers, triton, folders))
+            frontend.send(Assignment(model.triton_config, frontend.numbers, folders))
         for frontend in frontends:
             if not frontend.pipe.poll(CONNECT_TIMEOUT_S):
                 raise ServerError(f"a frontend did not start within {CONNECT_TIMEOUT_S} s")

@@ -31,7 +31,6 @@ class Assignment:
 
     config: TritonModelConfig
     numbers: dict[int, int]  # each instance's number in Triton, by its position in the frontend's list
-    triton: int  # the process ID of tritonserver
     folders: Sequence[Path]  # to remove if the server is killed
 
 
@@ -42,12 +41,19 @@ def run_frontend(pipe: Connection, instances: Sequence[Instance], heartbeat: np.
     process ends Triton, which would wait forever for the requests in flight.
     """
     server = os.getppid()
-    assignment: Assignment = pipe.recv()
+    survive_server()
+    try:
+        while not pipe.poll(HEARTBEAT_S):
+            if os.getppid() != server:
+                raise EOFError
+        assignment: Assignment = pipe.recv()
+    except EOFError:
+        remove_after_server(server, ())
+        return
     from serving.pytriton_internals import start_handlers
 
     assigned = {number: instances[position] for position, number in assignment.numbers.items()}
     threads = start_handlers(assignment.config, assigned)
-    survive_server()
     pipe.send(True)
     while os.getppid() == server and all(thread.is_alive() for thread in threads):
         heartbeat[0] += 1
@@ -55,4 +61,4 @@ def run_frontend(pipe: Connection, instances: Sequence[Instance], heartbeat: np.
     if os.getppid() == server:
         LOGGER.error("a handler of PyTriton ended")
     else:
-        remove_after_server(server, assignment.triton, assignment.folders)
+        remove_after_server(server, assignment.folders)

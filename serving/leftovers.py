@@ -10,10 +10,12 @@ from pathlib import Path
 
 import psutil
 
+SEGMENTS = "pytrtion"  # with which their names begin, followed by the server's process ID; PyTriton's spelling
+
 
 def segments(server: int) -> Iterable[Path]:
     """Return Triton's segments of shared memory, through which requests pass. ``server`` is the server's process ID."""
-    return Path("/dev/shm").glob(f"pytrtion{server}-*")  # PyTriton's spelling
+    return Path("/dev/shm").glob(f"{SEGMENTS}{server}-*")
 
 
 def helpers_of(tritonservers: Iterable[psutil.Process]) -> list[psutil.Process]:
@@ -60,14 +62,24 @@ def remove_leftovers(server: int, helpers: Iterable[psutil.Process], folders: It
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_after_server(server: int, triton: int, folders: Sequence[Path]) -> None:
+def remove_after_server(server: int, folders: Sequence[Path]) -> None:
     """Kill Triton, whose server was killed, and remove the leftovers of both, and ``folders``."""
-    tritonservers = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        tritonservers.append(psutil.Process(triton))
-    helpers = helpers_of(tritonservers)
+    kill_processes([process for process in _processes_of(server) if is_named(process, "tritonserver")])
+    # Triton may have ended without its helpers, so look for them separately.
+    helpers = _processes_of(server)
     folders = [*folders, *model_folders(helpers)]
     if tempfile.tempdir:  # set by Fleet before it forked this process
         folders.append(Path(tempfile.tempdir))
-    kill_processes(tritonservers)
     remove_leftovers(server, helpers, folders)
+
+
+def _processes_of(server: int) -> list[psutil.Process]:
+    """Return Triton's processes, whose command lines have the name of the segments, and those that they started."""
+    processes = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            named = any(f"{SEGMENTS}{server}-" in word for word in process.cmdline())
+            # In a container, another server may have the same process ID.
+            if named and Path(f"/proc/{process.pid}/ns/pid").samefile("/proc/self/ns/pid"):
+                processes += [process, *process.children(recursive=True)]
+    return processes

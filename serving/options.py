@@ -8,6 +8,8 @@ import re
 import socket
 from collections.abc import Callable
 
+from serving.errors import printable
+
 # Defaults by the type of the device. A GPU computes two batches at the same time: it preprocesses one while the network
 # computes the other. The remaining third of its instances copy requests and responses. A CPU has one instance more than
 # the client's default --concurrency: the batcher reserves one for small requests. A full queue is some seconds of work.
@@ -137,15 +139,11 @@ class LineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """Return the line, with escape sequences for unprintable characters."""
-        return _printable(super().formatMessage(record))
+        return printable(super().formatMessage(record))
 
     def formatException(self, error: tuple) -> str:  # noqa: N802
         """Return the traceback."""
-        return "\n".join(f"    {_printable(line)}" for line in super().formatException(error).splitlines())
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+        return "\n".join(f"    {printable(line)}" for line in super().formatException(error).splitlines())
 
 
 def configure_logging(verbose: bool) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.model_config.common import QueuePolicy, TimeoutAction
 
+from serving.errors import UsageError
 from serving.fleet import Fleet
 from serving.instance import Instance
 from serving.lifecycle import Lifecycle
@@ -64,7 +65,12 @@ class Server:
         outputs: Sequence[Tensor],
         config: ModelConfig,
     ) -> None:
-        """Set the model. Takes the arguments of PyTriton's ``bind``, and adds the limits of the queue."""
+        """Set the model. Takes the arguments of PyTriton's ``bind``, and adds the limits of the queue.
+
+        Raises UsageError if the model does not group requests, or is decoupled.
+        """
+        if not config.batching or config.decoupled:
+            raise UsageError("ModelConfig must have batching=True and decoupled=False")
         policy = QueuePolicy(
             max_queue_size=self._fleet.max_queue,
             # A request can only set a shorter timeout.

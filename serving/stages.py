@@ -35,6 +35,10 @@ class Checked:
     valid: object
     error: Exception
 
+    def __post_init__(self):
+        if not isinstance(self.error, Exception):
+            raise TypeError(f"the error of Checked must be an exception, not {self.error!r}")
+
 
 class Stages(abc.ABC):
     """Turns requests into jobs, and batches of jobs into outputs. Each executor of a worker process has one object.

@@ -103,7 +103,7 @@ class Triton:
             self._start(triton)
             if not (tritonservers := _tritonservers()):
                 raise ServerError("Triton exited unexpectedly; --verbose shows its log")
-            fleet.connect(bound, tritonservers[0].pid, [workspace, *self._environments])
+            fleet.connect(bound, [workspace, *self._environments])
             helpers = helpers_of(tritonservers)
             sockets = list((workspace / "triton").glob("*.sock"))
             watched = triton, helpers, sockets

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 
 STOP_TIMEOUT_S = 60
+DIE_WITH_PARENT = ["setpriv", "--pdeathsig", "TERM"]  # a prefix: stop the command if this process is killed
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores http_proxy in the environment
 
 _reservations: list[socket.socket] = []

@@ -21,12 +21,11 @@ from pathlib import Path
 
 from connection import MODEL_NAME
 from serving.options import number
-from tools.launch import LaunchedServer, exit_on_signals, free_ports, running
+from tools.launch import DIE_WITH_PARENT, LaunchedServer, exit_on_signals, free_ports, running
 
 ROOT = Path(__file__).resolve().parent.parent
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
-DIE_WITH_PARENT = ["setpriv", "--pdeathsig", "TERM"]  # if this process is killed, its children are told to stop
 
 
 def configure(folder: Path, port: int, grpc_port: int, server: LaunchedServer) -> Path:
@@ -88,6 +87,8 @@ def main(arguments: Sequence[str]) -> None:
     known, options = parser.parse_known_args(arguments)
     if not NGINX or not MODULE.exists():
         parser.exit(2, "tools.page: nginx or its njs module is missing: run apt install nginx libnginx-mod-http-js\n")
+    if own := [option for option in options if option.startswith(("--address", "--http-", "--grpc-", "--metrics-"))]:
+        parser.exit(2, f"tools.page: omit {own[0].partition('=')[0]}: the page needs its own addresses and ports\n")
     try:
         socket.create_server(("127.0.0.1", known.port)).close()
     except OSError as error:

@@ -73,7 +73,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, S
         yield running
 
 
-# Workers that do not start, as code that adds options, with the status of the server and what its last line says.
+# Servers that do not start, as code that runs before, with their status and what their last line says.
 NOT_STARTED = {
     "no memory": (
         "sys.argv += ['--start', 'no memory']",
@@ -82,6 +82,11 @@ NOT_STARTED = {
     ),
     "exit": ("sys.argv += ['--start', 'exit']", 1, "a worker exited during startup (exit status 3)"),
     "wrong option": ("sys.argv += ['--start', 'wrong option']", 2, "--start must not be wrong"),
+    "no batching": (
+        "toy_server.ModelConfig = lambda **_: ModelConfig(batching=False)",
+        2,
+        "ModelConfig must have batching=True and decoupled=False",
+    ),
     "hang": ("sys.argv += ['--start', 'hang', '--start-timeout-s', '2']", 1, "did not start within 2 s"),
 }
 
@@ -90,6 +95,10 @@ WRONG_STAGES = {
     "limits that are no whole numbers": (
         "Inversion.limits = classmethod(lambda cls, options: (1e6, 1e6))",
         "the limits of Inversion failed: 'float' object cannot be interpreted as an integer; --verbose shows where",
+    ),
+    "limits that are negative": (
+        "Inversion.limits = classmethod(lambda cls, options: (-1, 9))",
+        "the limits of Inversion failed: they must not be negative; --verbose shows where",
     ),
     "an example that is no request": (
         "Inversion.example = classmethod(lambda cls, options: {'image': blank_photo(options.max_pixels)})\n"
@@ -180,6 +189,7 @@ from pathlib import Path
 
 import numpy as np
 from photo import blank_photo
+from pytriton.model_config import ModelConfig
 from pytriton.proxy.types import Request
 from serving import Checked
 import toy_server
@@ -220,7 +230,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list
 
 
 @pytest.mark.parametrize("what", NOT_STARTED)
-def test_a_worker_that_does_not_start_ends_the_server_with_one_line(ended, what):
+def test_a_server_that_does_not_start_says_why_in_one_line(ended, what):
     _, status, expected = NOT_STARTED[what]
     lines = ended(what, status)
     assert lines[-1].startswith("patched_toy.py: ")
@@ -523,6 +533,12 @@ def test_make_page_says_which_ports_there_are(port):
     assert done.stderr == expected
 
 
+def test_make_page_listens_on_its_own_addresses():
+    done = run_python("-m", "tools.page", "--address=127.0.0.2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "tools.page: omit --address: the page needs its own addresses and ports\n"
+
+
 def test_make_page_copies_no_keys_and_no_other_files(tmp_path):
     server = SimpleNamespace(http_port=1, grpc_url="grpc://127.0.0.1:2")
     assert tools.page.configure(tmp_path, 3, 4, server).parent == tmp_path / "deploy"
@@ -630,6 +646,22 @@ def test_a_worker_whose_server_dies_before_the_worker_can_watch_it_ends(tmp_path
     with Server(tmp_path / "log", "--start", "hang", script=patched_toy(tmp_path, PARENT_DIES_FIRST)) as server:
         server.process.wait(timeout=20)
         assert psutil.wait_procs(server.family(), timeout=10)[1] == []
+
+
+KILLED_BEFORE_READY = """
+import os, signal
+from serving.fleet import Fleet
+Fleet.connect = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_server_that_is_killed_while_triton_starts_leaves_no_process_and_no_shared_memory(tmp_path):
+    with start_toy(tmp_path / "log", "--frontends", 2, script=patched_toy(tmp_path, KILLED_BEFORE_READY)) as server:
+        wait_for(lambda: server.processes("stubs"))
+        server.segments()
+        assert server.process.wait(timeout=30) == -signal.SIGKILL
+        assert psutil.wait_procs(server.family(), timeout=20)[1] == []
+        assert not server.segments()
 
 
 def test_verbose_shows_the_log_of_triton_between_the_lines_of_the_server(servers):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -272,6 +273,10 @@ def log_file(tmp_path):
         (lambda jobs: {}[notes(jobs)[0]], "KeyError: 'a secret'"),
         (lambda jobs: jobs[:0], "ValueError: Functions returned 0 results for a batch of 1"),
         (lambda jobs: [{"file": Deferred(lambda _: 1 / 0, np.zeros(1))} for _ in jobs], "ZeroDivisionError: "),
+        (
+            lambda jobs: [Checked(output, False, InferenceFailed) for output in double(jobs)],
+            "TypeError: the error of Checked must be an exception, not <class ",
+        ),
     ],
 )
 def test_an_exception_of_the_stages_is_logged_and_the_client_gets_a_sentence(compute, reason, log_file: Path):
@@ -282,15 +287,19 @@ def test_an_exception_of_the_stages_is_logged_and_the_client_gets_a_sentence(com
         assert log_file.read_text().count(f"\n{reason}") == 1
 
 
-def test_a_message_that_quotes_a_large_input_is_cut_and_costs_no_worker():
+@pytest.mark.parametrize(
+    ("note", "start"), [("x", "x{500}"), ("\U0001f4f7", "\U0001f4f7{500}"), ("a\n\udc80", r"a\\n\\udc80a")]
+)
+def test_a_message_that_quotes_a_large_input_is_a_short_line_and_costs_no_worker(note, start):
     def compute(jobs):
         raise InvalidRequest(f"what is {''.join(notes(jobs)) * 100}?")
 
     with Forked(compute, 1, 1) as forked:
         for _ in range(2):
-            with pytest.raises(InvalidRequest, match=r"^what is x{1000}") as error:
-                call(forked.channels[0], "x" * 20_000)
-            assert len(str(error.value)) <= 10_000
+            with pytest.raises(InvalidRequest, match=f"^what is {start}") as error:
+                call(forked.channels[0], note * 20_000)
+            assert str(error.value).isprintable()
+            assert len(quote(str(error.value))) < 8_000  # as gRPC encodes it; it may drop a longer one
 
 
 @pytest.mark.parametrize("how", ["exit", "bug"])
