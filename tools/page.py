@@ -85,10 +85,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="tools.page", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--port", type=number(int, 1, 65535), default=8080)
     known, options = parser.parse_known_args(arguments)
-    if not NGINX or not MODULE.exists():
-        parser.exit(2, "tools.page: nginx or its njs module is missing: run apt install nginx libnginx-mod-http-js\n")
     if own := [option for option in options if option.startswith(("--address", "--http-", "--grpc-", "--metrics-"))]:
         parser.exit(2, f"tools.page: omit {own[0].partition('=')[0]}: the page needs its own addresses and ports\n")
+    if not NGINX or not MODULE.exists():
+        parser.exit(2, "tools.page: nginx or its njs module is missing: run apt install nginx libnginx-mod-http-js\n")
     try:
         socket.create_server(("127.0.0.1", known.port)).close()
     except OSError as error:
