@@ -158,8 +158,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name, is_set in (("--skip-existing", options.skip_existing), ("--keep-names", options.keep_names)):
         if is_set and not wanted_files(options):
             parser.error(f"argument {name}: requires --dump-images, a --format other than raw, or a map such as --mask")
-    if not getattr(options, "class_name", "").isprintable():
-        parser.error("argument --class-name: must be printable text in UTF-8")
+    if any("\ud800" <= character <= "\udfff" for character in getattr(options, "class_name", "")):
+        parser.error("argument --class-name: must be valid UTF-8")
     if hasattr(options, "edge") and options.format not in ("png", "webp"):
         parser.error("argument --edge: requires --format png or webp")
     options.keep_names |= options.skip_existing

@@ -43,11 +43,11 @@ class RequestError(Exception):
     __traceback__ = property(lambda _self: None, lambda _self, _traceback: None)  # contextlib assigns to it
 
     def __str__(self) -> str:
-        return printable(super().__str__())[:MAX_CHARACTERS]
+        return printable(super().__str__()[:MAX_CHARACTERS])[:MAX_CHARACTERS]
 
     def __reduce__(self):  # pickle looks up a class in its module, which is not the real one
         known = next(kind for kind in type(self).__mro__ if kind.__name__ in globals())  # or its base
-        return _restore, (known.__name__, str(self))
+        return _restore, (known.__name__, str(self)[:MAX_CHARACTERS])
 
 
 class InvalidRequest(RequestError):

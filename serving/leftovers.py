@@ -37,17 +37,17 @@ def model_folders(helpers: Iterable[psutil.Process]) -> list[Path]:
     return folders
 
 
-def is_named(process: psutil.Process, prefix: str) -> bool:
-    """Return whether the process is running and its name begins with ``prefix``."""
+def is_named(process: psutil.Process, *prefixes: str) -> bool:
+    """Return whether the process is running and its name begins with one of ``prefixes``."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return process.name().startswith(prefix)
+        return process.name().startswith(prefixes)
     return False
 
 
 def kill_processes(processes: Iterable[psutil.Process]) -> None:
     """Kill processes, some of which may have already ended."""
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             process.kill()
 
 
@@ -78,6 +78,8 @@ def _processes_of(server: int) -> list[psutil.Process]:
     processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
+            if not is_named(process, "tritonserver", "triton_python"):
+                continue
             named = any(f"{SEGMENTS}{server}-" in word for word in process.cmdline())
             # In a container, another server may have the same process ID.
             if named and Path(f"/proc/{process.pid}/ns/pid").samefile("/proc/self/ns/pid"):

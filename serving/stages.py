@@ -28,7 +28,7 @@ class Checked:
     """The outputs of a job, and whether they are valid.
 
     ``valid`` is a tensor of one value in host memory. It may be the target of an asynchronous copy from the device:
-    ``.to("cpu", non_blocking=True)``. If it is false, the job fails with ``error``.
+    ``.to("cpu", non_blocking=True)``. If it is false, the job fails with ``error``, an exception.
     """
 
     outputs: Mapping[str, object]

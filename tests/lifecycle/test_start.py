@@ -648,17 +648,24 @@ def test_a_worker_whose_server_dies_before_the_worker_can_watch_it_ends(tmp_path
         assert psutil.wait_procs(server.family(), timeout=10)[1] == []
 
 
+# Ends a server once Triton has started the first of its stub processes.
 KILLED_BEFORE_READY = """
-import os, signal
-from serving.fleet import Fleet
-Fleet.connect = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+import os, psutil, signal, threading, time
+import serving.triton
+
+def kill():
+    while not any(process.name().startswith("triton_python") for process in psutil.Process().children(recursive=True)):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+start = serving.triton.Triton._start
+serving.triton.Triton._start = lambda *arguments: (threading.Thread(target=kill).start(), start(*arguments))
 """
 
 
 def test_a_server_that_is_killed_while_triton_starts_leaves_no_process_and_no_shared_memory(tmp_path):
-    with start_toy(tmp_path / "log", "--frontends", 2, script=patched_toy(tmp_path, KILLED_BEFORE_READY)) as server:
-        wait_for(lambda: server.processes("stubs"))
-        server.segments()
+    script = patched_toy(tmp_path, KILLED_BEFORE_READY)
+    with start_toy(tmp_path / "log", "--frontends", 2, "--instances", 4, script=script) as server:
         assert server.process.wait(timeout=30) == -signal.SIGKILL
         assert psutil.wait_procs(server.family(), timeout=20)[1] == []
         assert not server.segments()

@@ -104,7 +104,7 @@ def test_help_shows_each_option_with_its_default(parse_options, capsys):
         (["--retry-s", "-1"], "argument --retry-s: must be a finite number >= 0, not -1"),
         (["--init-timeout-s", "nan"], "argument --init-timeout-s: must be a finite number >= 0, not nan"),
         (["--keep-names"], "argument --keep-names: requires --dump-images, a --format other than raw, or a map"),
-        (["--class-name", "\udcff"], "argument --class-name: must be printable text in UTF-8"),
+        (["--class-name", "\udcff"], "argument --class-name: must be valid UTF-8"),
         (["--edge", "0.5"], "argument --edge: requires --format png or webp"),
         (["--skip-existing"], "argument --skip-existing: requires --dump-images, a --format other than raw, or a map"),
     ],

@@ -287,12 +287,20 @@ def test_an_exception_of_the_stages_is_logged_and_the_client_gets_a_sentence(com
         assert log_file.read_text().count(f"\n{reason}") == 1
 
 
+class LongError(InvalidRequest):
+    """An exception of a user's class."""
+
+    def __str__(self) -> str:
+        return super().__str__() + 2_000_000 * "x"
+
+
 @pytest.mark.parametrize(
     ("note", "start"), [("x", "x{500}"), ("\U0001f4f7", "\U0001f4f7{500}"), ("a\n\udc80", r"a\\n\\udc80a")]
 )
-def test_a_message_that_quotes_a_large_input_is_a_short_line_and_costs_no_worker(note, start):
+@pytest.mark.parametrize("kind", [InvalidRequest, LongError])
+def test_a_message_that_quotes_a_large_input_is_a_short_line_and_costs_no_worker(kind, note, start):
     def compute(jobs):
-        raise InvalidRequest(f"what is {''.join(notes(jobs)) * 100}?")
+        raise kind(f"what is {''.join(notes(jobs)) * 100}?")
 
     with Forked(compute, 1, 1) as forked:
         for _ in range(2):
