@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 from benchmark.cases import CASES, STAGES_ROW, Case
 from benchmark.photos import ROOT
-from tools.launch import DIE_WITH_PARENT, LaunchedServer, exit_on_signals, free_ports, stop_group
+from tools.launch import DIE_WITH_PARENT, LaunchedServer, exit_on_signals, free_ports
 
 # By the type of the device. On a CPU, the requests in flight at the end of a measurement take seconds to finish.
 DEFAULTS = {
@@ -149,9 +149,7 @@ def running_servers(names: Iterable[str], device: str, server_command: str) -> I
             command = [*commands[name], "--device", device]
             # In its own process group: Ctrl-C in a terminal would end PyTriton's processes in any order.
             options = {"prefix": DIE_WITH_PARENT, "process_group": 0, "cwd": ROOT, "stdout": sys.stderr}
-            server = LaunchedServer(command, **options)
-            stack.callback(stop_group, server.process.pid)  # after it has stopped: PyTriton may leave processes
-            servers[name] = stack.enter_context(server)
+            servers[name] = stack.enter_context(LaunchedServer(command, **options))
         # A server takes seconds to stop, so signal all of them before waiting for any.
         stack.callback(lambda: [server.process.terminate() for server in servers.values()])
         for name, server in servers.items():

@@ -2,7 +2,6 @@
 """Generates the load: each process keeps one photo in flight, over HTTP or gRPC."""
 
 import contextlib
-import ctypes
 import functools
 import signal
 import time
@@ -16,7 +15,7 @@ from benchmark.cases import Case
 from benchmark.cpu import cpu_seconds
 from benchmark.photos import photos
 from client import Connection, InferenceError
-from serving.processes import PR_SET_PDEATHSIG
+from serving.processes import PR_SET_PDEATHSIG, prctl
 from tools.launch import LaunchedServer
 
 START_TIMEOUT_S = 120  # for all processes together
@@ -67,8 +66,8 @@ def measure(
 
 
 def _prepare(barrier) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # if the benchmark is killed, end as well
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without a traceback
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # if the benchmark is killed, end as well
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it immediately, without a traceback
     photos()
     barrier.wait(START_TIMEOUT_S)  # otherwise, an early process would take a late one's task
 

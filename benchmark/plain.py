@@ -7,6 +7,8 @@ A first, straightforward version of the three stages, with the default outputs o
 obeys only the device, the address and the ports.
 """
 
+import os
+
 import numpy as np
 import torch
 from pytriton.model_config import ModelConfig
@@ -18,6 +20,7 @@ from photo import read_photo
 from pipelines import Postprocess, Preprocess
 from server import INPUTS, MODEL_NAME, NETWORK, OUTPUTS
 from serving import add_serving_options, make_parser
+from serving.leftovers import remove_after_server
 from serving.triton import configure, prepare_environment
 from tools.launch import exit_on_signals
 from weights.loading import load_weights
@@ -45,15 +48,18 @@ def main() -> None:
     outputs = [tensor for tensor in OUTPUTS if tensor.name in ("original", "segmented")]
     exit_on_signals()  # otherwise, PyTriton's workspace would remain
     prepare_environment()  # so that Triton finds the libpython of this interpreter
-    with Triton(config=configure(options)) as triton:
-        triton.bind(
-            model_name=MODEL_NAME,
-            infer_func=segment,
-            inputs=INPUTS,
-            outputs=outputs,
-            config=ModelConfig(max_batch_size=1),
-        )
-        triton.serve()
+    try:
+        with Triton(config=configure(options)) as triton:
+            triton.bind(
+                model_name=MODEL_NAME,
+                infer_func=segment,
+                inputs=INPUTS,
+                outputs=outputs,
+                config=ModelConfig(max_batch_size=1),
+            )
+            triton.serve()
+    finally:
+        remove_after_server(os.getpid(), ())  # PyTriton leaves stub processes if it is interrupted during its start
 
 
 if __name__ == "__main__":

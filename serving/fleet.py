@@ -43,10 +43,10 @@ LOGGER = logging.getLogger("server")
 class _Frontend(Child):
     """A frontend process, as seen from the server."""
 
-    def __init__(self, instances: Sequence[Instance]):
+    def __init__(self, instances: Sequence[Instance], temporary: Path):
         self.heartbeat = share_numbers(1)
         self.numbers: dict[int, int] = {}
-        super().__init__("frontend", run_frontend, instances, self.heartbeat)
+        super().__init__("frontend", run_frontend, instances, self.heartbeat, temporary)
 
     def beats(self, timeout_s: float) -> bool:
         """Return whether its heartbeat changes within this time."""
@@ -134,7 +134,7 @@ class Fleet:
                 self._devices.append(device)
                 # The type of the device is unknown until the worker reports it. Start as many frontends as for a GPU.
                 for _ in range(count_frontends(options, "cuda", len(names))):
-                    device.frontends.append(_Frontend(instances))
+                    device.frontends.append(_Frontend(instances, Path(self._temporary.name)))
 
     def _open_channels(self, count: int) -> list[Channel]:
         try:

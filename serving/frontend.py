@@ -34,11 +34,11 @@ class Assignment:
     folders: Sequence[Path]  # to remove if the server is killed
 
 
-def run_frontend(pipe: Connection, instances: Sequence[Instance], heartbeat: np.ndarray) -> None:
+def run_frontend(pipe: Connection, instances: Sequence[Instance], heartbeat: np.ndarray, temporary: Path) -> None:
     """Receive an Assignment, serve it, and confirm with True. Returns if a handler has ended.
 
-    ``heartbeat``, float64 ``[1]``, changes until this process hangs. If the server is killed, this
-    process ends Triton, which would wait forever for the requests in flight.
+    ``heartbeat``, float64 ``[1]``, changes until this process hangs. If the server is killed, this process ends Triton,
+    which would wait forever for the requests in flight, and removes the folder ``temporary``.
     """
     server = os.getppid()
     survive_server()
@@ -48,7 +48,7 @@ def run_frontend(pipe: Connection, instances: Sequence[Instance], heartbeat: np.
                 raise EOFError
         assignment: Assignment = pipe.recv()
     except EOFError:
-        remove_after_server(server, ())
+        remove_after_server(server, [temporary])
         return
     from serving.pytriton_internals import start_handlers
 
@@ -61,4 +61,4 @@ def run_frontend(pipe: Connection, instances: Sequence[Instance], heartbeat: np.
     if os.getppid() == server:
         LOGGER.error("a handler of PyTriton ended")
     else:
-        remove_after_server(server, assignment.folders)
+        remove_after_server(server, [temporary, *assignment.folders])

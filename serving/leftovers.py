@@ -4,7 +4,6 @@
 import contextlib
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -63,14 +62,11 @@ def remove_leftovers(server: int, helpers: Iterable[psutil.Process], folders: It
 
 
 def remove_after_server(server: int, folders: Sequence[Path]) -> None:
-    """Kill Triton, whose server was killed, and remove the leftovers of both, and ``folders``."""
+    """Kill Triton after the end of its server, and remove the leftovers of both, and ``folders``."""
     kill_processes([process for process in _processes_of(server) if is_named(process, "tritonserver")])
     # Triton may have ended without its helpers, so look for them separately.
     helpers = _processes_of(server)
-    folders = [*folders, *model_folders(helpers)]
-    if tempfile.tempdir:  # set by Fleet before it forked this process
-        folders.append(Path(tempfile.tempdir))
-    remove_leftovers(server, helpers, folders)
+    remove_leftovers(server, helpers, [*folders, *model_folders(helpers)])
 
 
 def _processes_of(server: int) -> list[psutil.Process]:

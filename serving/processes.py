@@ -58,8 +58,8 @@ def _run(parent: int, kind: str, main: Callable[..., None], pipe: object, *argum
     # first. Ignore Ctrl-Z: Triton and the frontends continue, and would take a suspended worker for one that hangs.
     for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
         signal.signal(signal_number, signal.SIG_IGN)
-    _prctl(PR_SET_NAME, kind.encode())
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_NAME, kind.encode())
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the server was killed before prctl
         os._exit(1)
     try:
@@ -73,7 +73,8 @@ def _run(parent: int, kind: str, main: Callable[..., None], pipe: object, *argum
     os._exit(0)  # Python's own exit would wait for threads
 
 
-def _prctl(*arguments: object) -> None:
+def prctl(*arguments: object) -> None:
+    """Call prctl(2) for this process."""
     ctypes.CDLL(None).prctl(*arguments)
 
 
@@ -83,7 +84,7 @@ def survive_server() -> None:
     It has to notice the server's end with :func:`os.getppid`, and exit.
     """
     os.setsid()
-    _prctl(PR_SET_PDEATHSIG, 0)
+    prctl(PR_SET_PDEATHSIG, 0)
 
 
 def kill_all(children: Sequence[Child]) -> None:

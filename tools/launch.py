@@ -113,12 +113,6 @@ def running(command: Sequence[object], **options: object) -> Iterator[subprocess
         process.wait()
 
 
-def stop_group(leader: int) -> None:
-    """Send SIGTERM to the processes that are left in a process group. ``leader`` is its ID."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGTERM)
-
-
 def exit_on_signals() -> None:
     """Make the first SIGINT, SIGTERM or SIGHUP raise SystemExit, so that ``with`` blocks clean up.
 

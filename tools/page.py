@@ -21,7 +21,7 @@ from pathlib import Path
 
 from connection import MODEL_NAME
 from serving.options import number
-from tools.launch import DIE_WITH_PARENT, LaunchedServer, exit_on_signals, free_ports, running, stop_group
+from tools.launch import DIE_WITH_PARENT, LaunchedServer, exit_on_signals, free_ports, running
 
 ROOT = Path(__file__).resolve().parent.parent
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -62,7 +62,8 @@ def running_nginx(configuration: Path, **options: object) -> Iterator[subprocess
         try:
             yield nginx
         finally:
-            stop_group(nginx.pid)  # its workers survive if it was killed
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(nginx.pid, signal.SIGTERM)  # its workers survive if it was killed
 
 
 def serve(port: int, options: Sequence[str]) -> None:
