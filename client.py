@@ -120,26 +120,41 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add_flag = functools.partial(add, action="store_true")
     add_optional = functools.partial(add, default=argparse.SUPPRESS)  # the formatter appends other defaults to the help
-    paths = "photos to send: files, folders and patterns such as 'photos/*.jpg' (default: images/orig.jpg)"
-    add_optional("--image-paths", nargs="+", metavar="PATH", help=paths)
+    add_optional(
+        "--image-paths",
+        nargs="+",
+        metavar="PATH",
+        help="photos to send: files, folders and patterns such as 'photos/*.jpg' (default: images/orig.jpg)",
+    )
     add_flag("--dump-images", help="write orig0.jpg, segm0.jpg, orig1.jpg, ... in the order of the photos")
     add("--format", choices=FORMATS, default="raw", help="format of the cut-out; files are written unchanged")
     add_flag("--mask", help="write mask0.png, ...: white where the class was found")
     add_flag("--probability", help="write probability0.png, ...: white where the class is certain")
     add_flag("--labels", help="write labels0.png, ...: the color of the most probable class")
-    edge = "range of probabilities that become half transparent in png and webp files (default: 0, a hard edge)"
-    add_optional("--edge", type=float, help=edge)
+    add_optional(
+        "--edge",
+        type=float,
+        help="range of probabilities that become half transparent in png and webp files (default: 0, a hard edge)",
+    )
     add_flag("--keep-names", help="name the files after the photos: beach.png instead of segm0.png")
     add_flag("--skip-existing", help="skip photos whose files exist, to resume a run; implies --keep-names")
     add("--output-dir", type=Path, default=Path(), help="folder for the files; created if missing")
     add_flag("--overwrite", help="replace files that the client did not write, but never a photo")
-    report = "write one line of JSON for each photo; - means stdout (default: none)"
-    add_optional("--report", type=Path, metavar="FILE", help=report)
-    url = "http://host:port, https://host:port, grpc://host:port, grpcs://host:port or host"
-    add("--url", default="http://127.0.0.1:8000", help=url)
+    add_optional(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write one line of JSON for each photo; - means stdout (default: none)",
+    )
+    add(
+        "--url",
+        default="http://127.0.0.1:8000",
+        help="http://host:port, https://host:port, grpc://host:port, grpcs://host:port or host",
+    )
     add_optional("--api-key", help="key for the proxy in front of the server (default: API_KEY in the environment)")
-    ca_file = "certificates to trust, in PEM format (default: the system's)"
-    add_optional("--ca-file", type=Path, metavar="FILE", help=ca_file)
+    add_optional(
+        "--ca-file", type=Path, metavar="FILE", help="certificates to trust, in PEM format (default: the system's)"
+    )
     add("--init-timeout-s", type=float, default=30, help="seconds to wait for the model to be ready")
     add("--retry-s", type=float, default=300, help="seconds to retry a photo if the server is busy or unreachable")
     add_optional("--class-name", help="class or classes to keep, such as person or cat,dog (default: the server's)")

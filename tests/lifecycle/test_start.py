@@ -92,7 +92,7 @@ NOT_STARTED = {
 
 # Errors of a user's class, as code that replaces a part of the toy's.
 WRONG_STAGES = {
-    "limits that are no whole numbers": (
+    "limits that are not whole numbers": (
         "Inversion.limits = classmethod(lambda cls, options: (1e6, 1e6))",
         "the limits of Inversion failed: 'float' object cannot be interpreted as an integer; --verbose shows where",
     ),
@@ -100,12 +100,12 @@ WRONG_STAGES = {
         "Inversion.limits = classmethod(lambda cls, options: (-1, 9))",
         "the limits of Inversion failed: they must not be negative; --verbose shows where",
     ),
-    "an example that is no request": (
+    "an example that is not a request": (
         "Inversion.example = classmethod(lambda cls, options: {'image': blank_photo(options.max_pixels)})\n"
         "Inversion.read = lambda *_: (np.zeros((1, 1, 3), np.uint8), {}, ['mean'])",
         "the example of Inversion failed: 'dict' object has no attribute 'data'; --verbose shows where",
     ),
-    "a weight that is no number": (
+    "a weight that is not a number": (
         "Inversion.weigh = lambda *_: None",
         "a worker failed to start: float() argument must be a string or a real number, not 'NoneType'; --verbose",
     ),

@@ -195,7 +195,7 @@ def test_a_megabyte_that_inflates_to_a_gigabyte(front_door, header):
 
 def test_an_encoding_that_hides_behind_another_header_does_not_reach_the_server(front_door):
     headers = ("Content-Encoding:", "Content-Encoding: gzip", RAW, f"Content-Length: {len(bomb(1000))}")
-    assert status(front_door.http_port, "POST", INFER, *headers, body=bomb(1000)) == 500  # it is no photo
+    assert status(front_door.http_port, "POST", INFER, *headers, body=bomb(1000)) == 500  # it is not a photo
 
 
 @pytest.mark.parametrize(
